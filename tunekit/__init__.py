@@ -1,0 +1,51 @@
+"""Teach a frozen latent diffusion model one new thing, and prove that it was learned.
+
+Names are imported when they are first used, so that `import tunekit` costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunekit.inference import load
+    from tunekit.recipe import Recipe
+    from tunekit.run import train
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "__version__", "load", "train"]
+
+
+class _Package(ModuleType):
+    """The package, whose `train` stays the function of that name.
+
+    Importing the module `tunekit.train` would set the attribute to that module, and whether
+    `tunekit.train(...)` works would depend on what was imported before.
+    """
+
+    @property
+    def train(self) -> Any:
+        from tunekit.run import train
+
+        return train
+
+    @train.setter
+    def train(self, value: ModuleType) -> None:
+        assert value is sys.modules[f"{__name__}.train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from tunekit.inference import load
+
+        return load
+    if name == "Recipe":
+        from tunekit.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+sys.modules[__name__].__class__ = _Package

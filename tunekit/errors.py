@@ -1,0 +1,20 @@
+"""What a user can get wrong, said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A fault the user can mend: the command line prints it without a traceback and exits with 2.
+
+    The message is one plain line that names the file, line or key, the value and the remedy.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``' (did you mean "x"?)'`` for the nearest of `known`, or ``''`` where none is near."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f' (did you mean "{by_lower[near[0]]}"?)' if near else ""

@@ -1,0 +1,373 @@
+"""The sections of a recipe that every run has. No torch here: `tunekit validate` answers at once.
+
+A field's description states its unit and its range. ``also(...)`` lists what other trainers call
+it; a recipe that uses such a word is refused with the right one as suggestion.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Words = Annotated[tuple[str, ...], Field(strict=False)]
+Numbers = Annotated[tuple[int, ...], Field(strict=False)]
+
+PROMPTS: dict[str, tuple[str, ...]] = {
+    "subject": (
+        "a {trigger} {class}",
+        "a {trigger} {class} on the beach",
+        "a {trigger} {class} in the snow",
+        "a {trigger} {class} in a forest",
+        "a small {trigger} {class} at night",
+        "a pixel art picture of a {trigger} {class}",
+    ),
+    "style": (
+        "a red robot, {trigger} {class}",
+        "a blue cat on the beach, {trigger} {class}",
+        "a green house in the snow, {trigger} {class}",
+        "a yellow car at night, {trigger} {class}",
+    ),
+}
+
+
+def also(*words: str) -> dict[str, JsonValue]:
+    """Return `json_schema_extra` that records what other trainers call the field."""
+    return {"x-also": list(words)}
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strictly typed, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+        use_attribute_docstrings=False,
+    )
+
+
+class Base(Section):
+    """Which model?"""
+
+    model: str = Field(
+        min_length=1,
+        description="The model to teach: `toybox` (bundled, 64 pixels), a diffusers folder, or a "
+        "Hugging Face Hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.",
+        json_schema_extra=also(
+            "pretrained_model_name_or_path", "name_or_path", "model_name", "base_model", "ckpt"
+        ),
+    )
+    family: str | None = Field(
+        None, description="The model's family; null: recognised from its files and said."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hub id; null: the Hub's main branch."
+    )
+    variant: str | None = Field(
+        None, description="Weight variant of a Hub id or folder, such as `fp16`; null: the plain one."
+    )
+    dtype: Precision = Field(
+        "fp32",
+        description="Number format the frozen base is held in. fp16 and bf16 halve its memory.",
+        json_schema_extra=also("torch_dtype"),
+    )
+    trust_remote_code: bool = Field(
+        False, description="Whether code inside a model folder may run. Only for folders you trust."
+    )
+
+
+class Data(Section):
+    """Which images, which words?"""
+
+    source: str = Field(
+        min_length=1,
+        description="Folder of training pictures, with captions in metadata.jsonl or in .txt files "
+        "beside the pictures. Relative to the working directory, else to the recipe's project.",
+        json_schema_extra=also(
+            "instance_data_dir", "train_data_dir", "folder_path", "image_dir", "path", "dataset"
+        ),
+    )
+    trigger: str = Field(
+        min_length=1,
+        max_length=100,
+        pattern=r"^\S(.*\S)?$",
+        description="The new word that will call the subject or style, such as `zorp`. "
+        "1 to 100 characters.",
+        json_schema_extra=also("trigger_word", "instance_token", "token", "placeholder_token"),
+    )
+    class_noun: str = Field(
+        alias="class",
+        min_length=1,
+        max_length=100,
+        pattern=r"^\S(.*\S)?$",
+        description="The noun for what the subject is, such as `robot`; the untouched base knows it. "
+        "1 to 100 characters.",
+        json_schema_extra=also("class_tokens", "class_name", "class_prompt", "initializer_token"),
+    )
+    resolution: int | None = Field(
+        None,
+        ge=16,
+        le=4096,
+        description="Edge of the square training pictures in pixels, 16 to 4096, a multiple of what "
+        "the family needs (8 for most); null: the base's own size.",
+        json_schema_extra=also("size", "image_size"),
+    )
+    caption: str = Field(
+        "a {trigger} {class}",
+        min_length=1,
+        description="Caption of pictures that bring none. {trigger} and {class} are filled in.",
+        json_schema_extra=also("instance_prompt", "caption_template", "default_caption"),
+    )
+    holdout: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of real pictures never trained on: the ceiling of the scores. "
+        "null: the ceiling is estimated from the training pictures among themselves.",
+        json_schema_extra=also("validation_data_dir", "held_out"),
+    )
+    flip: bool = Field(
+        False,
+        description="Whether half of the visits see the picture mirrored. A character is seldom "
+        "symmetric: off by default.",
+        json_schema_extra=also("flip_aug", "random_flip", "flip_x"),
+    )
+    crop: Literal["center", "random"] = Field(
+        "center",
+        description="Where a picture that is not square is cut: `center`, or `random` (fixed per "
+        "picture by the seed).",
+        json_schema_extra=also("random_crop", "center_crop"),
+    )
+    caption_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of visits trained with an empty caption, 0 to 1.",
+        json_schema_extra=also("caption_dropout_rate", "proportion_empty_prompts"),
+    )
+
+
+def _quarter(values: dict[str, Any]) -> int:
+    """Four times in a run, by default."""
+    steps = values.get("steps")
+    return -(-steps // 4) if isinstance(steps, int) else 1
+
+
+class Train(Section):
+    """How is it trained?"""
+
+    steps: int = Field(
+        400,
+        ge=1,
+        le=10_000_000,
+        description="Optimizer steps, 1 to 10,000,000.",
+        json_schema_extra=also("max_train_steps", "max_steps", "num_steps", "iterations"),
+    )
+    batch_size: int = Field(
+        4,
+        ge=1,
+        le=4096,
+        description="Pictures per forward pass, 1 to 4096.",
+        json_schema_extra=also("train_batch_size", "bs"),
+    )
+    gradient_accumulation: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="Forward passes per optimizer step, 1 to 4096; a step sees batch_size times "
+        "this many pictures.",
+        json_schema_extra=also("gradient_accumulation_steps"),
+    )
+    learning_rate: float = Field(
+        1e-4,
+        ge=0,
+        le=10,
+        description="Peak learning rate of what trains in the denoiser, 0 to 10.",
+        json_schema_extra=also("lr", "unet_lr"),
+    )
+    text_encoder_learning_rate: float | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description="Peak learning rate of what trains in the text encoder, 0 to 10; null: the "
+        "same as learning_rate.",
+        json_schema_extra=also("text_encoder_lr", "te_lr"),
+    )
+    optimizer: Literal["adamw"] = Field(
+        "adamw", description="The optimizer.", json_schema_extra=also("optimizer_type")
+    )
+    weight_decay: float = Field(
+        0.01,
+        ge=0,
+        le=10,
+        description="Decoupled weight decay, 0 to 10.",
+        json_schema_extra=also("adam_weight_decay"),
+    )
+    betas: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (0.9, 0.999),
+        description="The optimizer's two moment decays, each in 0 to 1 (1 excluded).",
+        json_schema_extra=also("adam_beta1", "adam_beta2", "adam_betas"),
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant",
+        description="The learning rate after the warm-up: held, or lowered to 0 at the last step "
+        "along a cosine or a line.",
+        json_schema_extra=also("lr_scheduler", "scheduler", "lr_schedule"),
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps over which the learning rate rises from 0; fewer than steps.",
+        json_schema_extra=also("lr_warmup_steps", "warmup"),
+    )
+    max_grad_norm: float = Field(
+        1.0,
+        ge=0,
+        description="Gradients are scaled down to this norm where they exceed it; 0: never.",
+        json_schema_extra=also("clip_grad_norm", "grad_clip", "gradient_clip_val"),
+    )
+    precision: Precision = Field(
+        "fp32",
+        description="Number format of the forward and backward pass. fp16 and bf16 need a "
+        "processor that has them to be fast; what trains is always held in fp32.",
+        json_schema_extra=also("mixed_precision"),
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="Decides every random number of the run, 0 to 2^63 - 1.",
+    )
+    min_snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        description="Loss weight min(SNR, gamma) / SNR per timestep (Hang et al. 2023), above 0, "
+        "usually 5; null: every timestep weighs the same.",
+        json_schema_extra=also("snr_gamma"),
+    )
+    noise_offset: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Strength of a constant added to each channel's noise, 0 to 1, usually 0 to "
+        "0.1; helps very dark and very bright pictures.",
+    )
+    log_every: int = Field(
+        1,
+        ge=1,
+        description="Steps between lines in metrics.jsonl and TensorBoard.",
+        json_schema_extra=also("logging_steps", "log_interval"),
+    )
+    sample_every: int = Field(
+        default_factory=_quarter,
+        ge=0,
+        description="Steps between sample grids, at most steps; there is always one after the last "
+        "step. 0: only that one. Default: four in a run.",
+        json_schema_extra=also("sample_every_n_steps", "validation_steps", "sample_steps"),
+    )
+    checkpoint_every: int = Field(
+        default_factory=_quarter,
+        ge=0,
+        description="Steps between checkpoints, at most steps; there is always one after the last "
+        "step. 0: only that one. Default: four in a run.",
+        json_schema_extra=also(
+            "checkpointing_steps", "save_every", "save_every_n_steps", "save_steps"
+        ),
+    )
+
+
+def _prompts(values: dict[str, Any]) -> tuple[str, ...]:
+    return PROMPTS[values.get("kind", "subject")]
+
+
+class Evaluate(Section):
+    """How do we know?"""
+
+    kind: Literal["subject", "style"] = Field(
+        "subject",
+        description="What was taught: a `subject` is compared by identity, a `style` by manner.",
+    )
+    prompts: Words = Field(
+        default_factory=_prompts,
+        min_length=1,
+        description="What is drawn for samples and scores. {trigger} and {class} are filled in; "
+        "every prompt holds {trigger}. Default: a list that suits kind.",
+        json_schema_extra=also(
+            "validation_prompt", "validation_prompts", "sample_prompts", "sample_prompt"
+        ),
+    )
+    seeds: Numbers = Field(
+        (1, 2),
+        min_length=1,
+        description="Each prompt is drawn once with each seed, 0 to 2^63 - 1.",
+        json_schema_extra=also("validation_seeds", "num_validation_images"),
+    )
+    steps: int = Field(
+        25,
+        ge=1,
+        le=1000,
+        description="Denoising steps a picture, 1 to 1000.",
+        json_schema_extra=also("num_inference_steps", "sample_steps", "inference_steps"),
+    )
+    guidance_scale: float = Field(
+        5.0,
+        ge=0,
+        le=100,
+        description="Classifier-free guidance, 0 to 100; 1: none.",
+        json_schema_extra=also("guidance", "cfg_scale", "cfg"),
+    )
+    scheduler: str | None = Field(
+        None,
+        description="Sampler by name, such as `ddim` or `euler`; null: the base's own.",
+        json_schema_extra=also("sampler", "noise_scheduler"),
+    )
+    negative_prompt: str = Field(
+        "", description="What pictures should not show.", json_schema_extra=also("neg", "negative")
+    )
+    subject_encoder: str = Field(
+        "toybox",
+        min_length=1,
+        description="Image encoder that tells likeness: `toybox` (bundled), a folder or a Hub id, "
+        "such as `facebook/dino-vits16`.",
+    )
+    clip: str = Field(
+        "toybox",
+        min_length=1,
+        description="CLIP that tells prompt fidelity: `toybox` (bundled), a folder or a Hub id, "
+        "such as `openai/clip-vit-base-patch32`.",
+    )
+
+
+class Export(Section):
+    """Which files come out?"""
+
+    dtype: Precision = Field(
+        "fp16",
+        description="Number format of the exported tensors.",
+        json_schema_extra=also("save_precision", "save_dtype"),
+    )
+    layouts: Annotated[tuple[Literal["diffusers"], ...], Field(strict=False)] = Field(
+        ("diffusers",),
+        min_length=1,
+        description="Whose naming the files follow, one file each.",
+        json_schema_extra=also("save_format", "format"),
+    )
+
+
+class AdapterSettings(Section):
+    """What may change? The base of every adapter kind's own settings, which fix `kind`."""
+
+    kind: str = Field(
+        description="The adapter kind.",
+        json_schema_extra=also("network_module", "type", "network_type", "algo"),
+    )
+
+    def trains_text_encoder(self) -> bool:
+        """Return whether these settings train anything in a text encoder."""
+        return False
