@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``' (did you mean "x"?)'`` for the nearest of `known`, or ``''`` where none is near."""
+    """Return ``' (did you mean "x"?)'`` for the nearest of `known`; ``''`` where none is near."""
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f' (did you mean "{by_lower[near[0]]}"?)' if near else ""
