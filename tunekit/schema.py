@@ -1,23 +1,19 @@
 """The sections of a recipe that every run has. No torch here: `tunekit validate` answers at once.
 
-A field's description states its unit and its range. ``notes(also=...)`` lists what other trainers
-call it: a recipe that uses such a word is refused with the right one as suggestion.
-``notes(path=...)`` marks what may be a path, so that it is looked up where the recipe stands.
+A field's description states its unit and its range. ``also(...)`` lists what other trainers call
+it: a recipe that uses such a word is refused with the right one as suggestion. ``holds_path(...)``
+marks what may be a path: it is looked for from the working directory, then from the recipe.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from tunekit.section import Decay, Precision, Seed, Template, Word, distinct, holds_path
+from tunekit.section import Section as Section
+from tunekit.section import also as also
 
 BUNDLED = "toybox"
 """The name of the models that come with the package."""
@@ -28,8 +24,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
         "a {trigger} {class} on the beach",
         "a {trigger} {class} in the snow",
         "a {trigger} {class} in a forest",
-        "a small {trigger} {class} at night",
-        "a pixel art picture of a {trigger} {class}",
+        "a {trigger} {class} at night, pixel art",
     ),
     "style": (
         "a red robot, {trigger} {class}",
@@ -40,53 +35,6 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def notes(*also: str, path: Literal["folder", "model"] | None = None) -> dict[str, JsonValue]:
-    """Return `json_schema_extra` with what other trainers call a field and what path it holds.
-
-    "folder": a folder that must be there. "model": `toybox`, a path that must be there, or a
-    Hub id.
-    """
-    extra: dict[str, JsonValue] = {"x-also": list(also)} if also else {}
-    return extra | ({"x-path": path} if path else {})
-
-
-def _template(text: str) -> str:
-    """Refuse braces other than {trigger} and {class}, so that none reaches a caption unfilled."""
-    bare = text.replace("{trigger}", "").replace("{class}", "")
-    if "{" in bare or "}" in bare:
-        raise ValueError(f'"{text}" has braces other than {{trigger}} and {{class}}')
-    return text
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    twice = sorted({str(v) for v in values if values.count(v) > 1})
-    if twice:
-        raise ValueError(f"{', '.join(twice)} stands there more than once")
-    return values
-
-
-Precision = Literal["fp32", "bf16", "fp16"]
-Word = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\s{}]([^{}\r\n]*[^\s{}])?$")]
-Template = Annotated[str, Field(min_length=1), AfterValidator(_template)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, strictly typed, unknown keys refused."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        validate_by_name=True,
-        validate_by_alias=True,
-        serialize_by_alias=True,
-    )
-
-
 class Base(Section):
     """Which model?"""
 
@@ -94,13 +42,10 @@ class Base(Section):
         min_length=1,
         description="The model to teach: `toybox` (bundled, 64 pixels), a diffusers folder, or a "
         "Hugging Face Hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.",
-        json_schema_extra=notes(
-            "pretrained_model_name_or_path",
-            "name_or_path",
-            "model_name",
-            "base_model",
-            path="model",
-        ),
+        json_schema_extra=also(
+            "pretrained_model_name_or_path", "name_or_path", "model_name", "base_model"
+        )
+        | holds_path("model"),
     )
     family: str | None = Field(
         None, description="The model's family; null: recognised from its files and said."
@@ -114,7 +59,7 @@ class Base(Section):
     dtype: Precision = Field(
         "fp32",
         description="Number format the frozen base is held in. fp16 and bf16 halve its memory.",
-        json_schema_extra=notes("torch_dtype"),
+        json_schema_extra=also("torch_dtype"),
     )
     trust_remote_code: bool = Field(
         False, description="Whether code inside a model folder may run. Only for folders you trust."
@@ -128,25 +73,21 @@ class Data(Section):
         min_length=1,
         description="Folder of training pictures, with captions in metadata.jsonl or in .txt files "
         "beside the pictures. Relative to the working directory, else to the recipe's project.",
-        json_schema_extra=notes(
-            "instance_data_dir",
-            "train_data_dir",
-            "folder_path",
-            "image_dir",
-            "path",
-            path="folder",
-        ),
+        json_schema_extra=also(
+            "instance_data_dir", "train_data_dir", "folder_path", "image_dir", "path"
+        )
+        | holds_path("folder"),
     )
     trigger: Word = Field(
         description="The new word that will call the subject or style, such as `zorp`. "
         "1 to 100 characters, no braces.",
-        json_schema_extra=notes("trigger_word", "instance_token", "token", "placeholder_token"),
+        json_schema_extra=also("trigger_word", "instance_token", "token", "placeholder_token"),
     )
     class_noun: Word = Field(
         alias="class",
         description="What the subject is, such as `robot`: a noun that the untouched base knows. "
         "1 to 100 characters, no braces.",
-        json_schema_extra=notes("class_tokens", "class_name", "class_prompt", "initializer_token"),
+        json_schema_extra=also("class_tokens", "class_name", "class_prompt", "initializer_token"),
     )
     resolution: int | None = Field(
         None,
@@ -154,39 +95,39 @@ class Data(Section):
         le=4096,
         description="Edge of the square training pictures in pixels, 16 to 4096, a multiple of "
         "what the family needs (8 for most); null: the base's own size.",
-        json_schema_extra=notes("size", "image_size"),
+        json_schema_extra=also("size", "image_size"),
     )
     caption: Template = Field(
         "a {trigger} {class}",
         description="Caption of pictures that bring none. {trigger} and {class} are filled in; it "
         "holds the trigger.",
-        json_schema_extra=notes("instance_prompt", "caption_template", "default_caption"),
+        json_schema_extra=also("instance_prompt", "caption_template", "default_caption"),
     )
     holdout: str | None = Field(
         None,
         min_length=1,
         description="Folder of real pictures never trained on: the ceiling of the scores. "
         "null: the ceiling is estimated from the training pictures among themselves.",
-        json_schema_extra=notes("validation_data_dir", "held_out", path="folder"),
+        json_schema_extra=also("validation_data_dir", "held_out") | holds_path("folder"),
     )
     flip: bool = Field(
         False,
         description="Whether half of the visits see the picture mirrored. A character is seldom "
         "symmetric: off by default.",
-        json_schema_extra=notes("flip_aug", "random_flip", "flip_x"),
+        json_schema_extra=also("flip_aug", "random_flip", "flip_x"),
     )
     crop: Literal["center", "random"] = Field(
         "center",
         description="Where a picture that is not square is cut: `center`, or `random` (fixed per "
         "picture by the seed).",
-        json_schema_extra=notes("random_crop", "center_crop"),
+        json_schema_extra=also("random_crop", "center_crop"),
     )
     caption_dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="Share of visits trained with an empty caption, 0 to 1 (1 excluded).",
-        json_schema_extra=notes("caption_dropout_rate", "proportion_empty_prompts"),
+        json_schema_extra=also("caption_dropout_rate", "proportion_empty_prompts"),
     )
 
     @field_validator("class_noun")
@@ -221,14 +162,14 @@ class Train(Section):
         ge=1,
         le=10_000_000,
         description="Optimizer steps, 1 to 10,000,000.",
-        json_schema_extra=notes("max_train_steps", "max_steps", "num_steps", "iterations"),
+        json_schema_extra=also("max_train_steps", "max_steps", "num_steps", "iterations"),
     )
     batch_size: int = Field(
         4,
         ge=1,
         le=4096,
         description="Pictures per forward pass, 1 to 4096.",
-        json_schema_extra=notes("train_batch_size", "bs"),
+        json_schema_extra=also("train_batch_size", "bs"),
     )
     gradient_accumulation: int = Field(
         1,
@@ -236,14 +177,14 @@ class Train(Section):
         le=4096,
         description="Forward passes per optimizer step, 1 to 4096; a step sees batch_size times "
         "this many pictures.",
-        json_schema_extra=notes("gradient_accumulation_steps"),
+        json_schema_extra=also("gradient_accumulation_steps"),
     )
     learning_rate: float = Field(
         1e-4,
         ge=0,
         le=10,
         description="Peak learning rate of what trains in the denoiser, 0 to 10.",
-        json_schema_extra=notes("lr", "unet_lr"),
+        json_schema_extra=also("lr", "unet_lr"),
     )
     text_encoder_learning_rate: float | None = Field(
         None,
@@ -251,47 +192,47 @@ class Train(Section):
         le=10,
         description="Peak learning rate of what trains in the text encoder, 0 to 10; null: the "
         "same as learning_rate.",
-        json_schema_extra=notes("text_encoder_lr", "te_lr"),
+        json_schema_extra=also("text_encoder_lr", "te_lr"),
     )
     optimizer: Literal["adamw"] = Field(
-        "adamw", description="The optimizer.", json_schema_extra=notes("optimizer_type")
+        "adamw", description="The optimizer.", json_schema_extra=also("optimizer_type")
     )
     weight_decay: float = Field(
         0.01,
         ge=0,
         le=10,
         description="Decoupled weight decay, 0 to 10.",
-        json_schema_extra=notes("adam_weight_decay"),
+        json_schema_extra=also("adam_weight_decay"),
     )
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999),
         strict=False,
         description="The optimizer's two moment decays, each in 0 to 1 (1 excluded).",
-        json_schema_extra=notes("adam_beta1", "adam_beta2", "adam_betas"),
+        json_schema_extra=also("adam_beta1", "adam_beta2", "adam_betas"),
     )
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant",
         description="The learning rate after the warm-up: held, or lowered to 0 at the last step "
         "along a cosine or a line.",
-        json_schema_extra=notes("lr_scheduler", "scheduler", "lr_schedule"),
+        json_schema_extra=also("lr_scheduler", "scheduler", "lr_schedule"),
     )
     warmup_steps: int = Field(
         0,
         ge=0,
         description="Steps over which the learning rate rises from 0; fewer than steps.",
-        json_schema_extra=notes("lr_warmup_steps", "warmup"),
+        json_schema_extra=also("lr_warmup_steps", "warmup"),
     )
     max_grad_norm: float = Field(
         1.0,
         ge=0,
         description="Gradients are scaled down to this norm where they exceed it; 0: never.",
-        json_schema_extra=notes("clip_grad_norm", "grad_clip", "gradient_clip_val"),
+        json_schema_extra=also("clip_grad_norm", "grad_clip", "gradient_clip_val"),
     )
     precision: Precision = Field(
         "fp32",
         description="Number format of the forward and backward pass. fp16 and bf16 need a "
         "processor that has them to be fast; what trains is always held in fp32.",
-        json_schema_extra=notes("mixed_precision"),
+        json_schema_extra=also("mixed_precision"),
     )
     seed: Seed = Field(0, description="Decides every random number of the run, 0 to 2^63 - 1.")
     min_snr_gamma: float | None = Field(
@@ -299,7 +240,7 @@ class Train(Section):
         gt=0,
         description="Loss weight min(SNR, gamma) / SNR per timestep (Hang et al. 2023), above 0, "
         "usually 5; null: every timestep weighs the same.",
-        json_schema_extra=notes("snr_gamma"),
+        json_schema_extra=also("snr_gamma"),
     )
     noise_offset: float = Field(
         0.0,
@@ -312,23 +253,21 @@ class Train(Section):
         1,
         ge=1,
         description="Steps between lines in metrics.jsonl and TensorBoard.",
-        json_schema_extra=notes("logging_steps", "log_interval"),
+        json_schema_extra=also("logging_steps", "log_interval"),
     )
     sample_every: int = Field(
         default_factory=_quarter,
         ge=0,
         description="Steps between sample grids, at most steps; there is always one after the last "
         "step. 0: only that one. Default: four in a run.",
-        json_schema_extra=notes("sample_every_n_steps", "validation_steps"),
+        json_schema_extra=also("sample_every_n_steps", "validation_steps"),
     )
     checkpoint_every: int = Field(
         default_factory=_quarter,
         ge=0,
         description="Steps between checkpoints, at most steps; there is always one after the last "
         "step. 0: only that one. Default: four in a run.",
-        json_schema_extra=notes(
-            "checkpointing_steps", "save_every", "save_every_n_steps", "save_steps"
-        ),
+        json_schema_extra=also("checkpointing_steps", "save_every", "save_every_n_steps"),
     )
 
     @field_validator("warmup_steps", "sample_every", "checkpoint_every")
@@ -360,58 +299,56 @@ class Evaluate(Section):
         "subject",
         description="What was taught: a `subject` is compared by identity, a `style` by manner.",
     )
-    prompts: Annotated[tuple[Template, ...], AfterValidator(_distinct)] = Field(
+    prompts: Annotated[tuple[Template, ...], AfterValidator(distinct)] = Field(
         default_factory=_prompts,
         strict=False,
         min_length=1,
         description="What is drawn for samples and scores. {trigger} and {class} are filled in; "
         "every prompt holds {trigger}. Default: a list that suits kind.",
-        json_schema_extra=notes(
-            "validation_prompt", "validation_prompts", "sample_prompts", "sample_prompt"
-        ),
+        json_schema_extra=also("validation_prompt", "validation_prompts", "sample_prompts"),
     )
-    seeds: Annotated[tuple[Seed, ...], AfterValidator(_distinct)] = Field(
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(distinct)] = Field(
         (1, 2),
         strict=False,
         min_length=1,
         description="Each prompt is drawn once with each seed, 0 to 2^63 - 1.",
-        json_schema_extra=notes("validation_seeds", "num_validation_images"),
+        json_schema_extra=also("validation_seeds", "num_validation_images"),
     )
     steps: int = Field(
         25,
         ge=1,
         le=1000,
         description="Denoising steps a picture, 1 to 1000.",
-        json_schema_extra=notes("num_inference_steps", "sample_steps", "inference_steps"),
+        json_schema_extra=also("num_inference_steps", "sample_steps", "inference_steps"),
     )
     guidance_scale: float = Field(
         5.0,
         ge=0,
         le=100,
         description="Classifier-free guidance, 0 to 100; 1: none.",
-        json_schema_extra=notes("guidance", "cfg_scale", "cfg"),
+        json_schema_extra=also("guidance", "cfg_scale", "cfg"),
     )
     scheduler: str | None = Field(
         None,
         description="Sampler by name, such as `ddim` or `euler`; null: the base's own.",
-        json_schema_extra=notes("sampler", "noise_scheduler"),
+        json_schema_extra=also("sampler", "noise_scheduler"),
     )
     negative_prompt: str = Field(
-        "", description="What pictures should not show.", json_schema_extra=notes("neg", "negative")
+        "", description="What pictures should not show.", json_schema_extra=also("neg", "negative")
     )
     subject_encoder: str = Field(
         BUNDLED,
         min_length=1,
         description="Image encoder that tells likeness: `toybox` (bundled), a folder or a Hub id, "
         "such as `facebook/dino-vits16`.",
-        json_schema_extra=notes(path="model"),
+        json_schema_extra=holds_path("model"),
     )
     clip: str = Field(
         BUNDLED,
         min_length=1,
         description="CLIP that tells prompt fidelity: `toybox` (bundled), a folder or a Hub id, "
         "such as `openai/clip-vit-base-patch32`.",
-        json_schema_extra=notes(path="model"),
+        json_schema_extra=holds_path("model"),
     )
 
     @field_validator("prompts")
@@ -431,14 +368,14 @@ class Export(Section):
     dtype: Precision = Field(
         "fp16",
         description="Number format of the exported tensors.",
-        json_schema_extra=notes("save_precision", "save_dtype"),
+        json_schema_extra=also("save_precision", "save_dtype"),
     )
-    layouts: Annotated[tuple[Literal["diffusers"], ...], AfterValidator(_distinct)] = Field(
+    layouts: Annotated[tuple[Literal["diffusers"], ...], AfterValidator(distinct)] = Field(
         ("diffusers",),
         strict=False,
         min_length=1,
         description="Whose naming the files follow, one file each.",
-        json_schema_extra=notes("save_format", "format"),
+        json_schema_extra=also("save_format", "format"),
     )
 
 
@@ -447,7 +384,7 @@ class AdapterSettings(Section):
 
     kind: str = Field(
         description="The adapter kind.",
-        json_schema_extra=notes("network_module", "type", "network_type", "algo"),
+        json_schema_extra=also("network_module", "type", "network_type", "algo"),
     )
 
     def trains_text_encoder(self) -> bool:

@@ -1,0 +1,324 @@
+"""The recipe: what a run is told, read from YAML or Python and refused whole where it is wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from ruamel.yaml import YAML
+
+from tunekit import adapters, families, schema
+from tunekit.errors import UserError, did_you_mean
+from tunekit.families.base import SCHEDULERS
+from tunekit.recipe_faults import explain, extra, fields, shown
+from tunekit.recipe_source import (
+    Fault,
+    Key,
+    RecipeError,
+    Source,
+    from_file,
+    from_mapping,
+    from_overrides,
+)
+
+__all__ = [
+    "Fault",
+    "Recipe",
+    "RecipeError",
+    "dump_yaml",
+    "json_schema",
+    "load_recipe",
+    "recipe_from",
+]
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
+
+class Recipe(schema.Section):
+    """Everything that decides a run."""
+
+    name: str = Field(
+        max_length=100,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Names the run and its folder runs/<name>. Letters, digits, dot, dash and "
+        "underscore; at most 100.",
+        json_schema_extra=schema.also("output_name", "run_name", "job"),
+    )
+    base: schema.Base = Field(description="Which model?")
+    data: schema.Data = Field(description="Which images, which words?")
+    adapter: SerializeAsAny[schema.AdapterSettings] = Field(
+        description="What may change? `kind` chooses the adapter; the other keys are its own.",
+        json_schema_extra=schema.also("network", "lora"),
+    )
+    train: schema.Train = Field(default_factory=schema.Train, description="How is it trained?")
+    evaluate: schema.Evaluate = Field(
+        default_factory=schema.Evaluate,
+        description="How do we know?",
+        json_schema_extra=schema.also("sample", "validation"),
+    )
+    export: schema.Export = Field(
+        default_factory=schema.Export,
+        description="Which files come out?",
+        json_schema_extra=schema.also("save"),
+    )
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "kind" not in value:
+            return value
+        types = adapters.settings_types()
+        kind = value["kind"]
+        if isinstance(kind, str) and kind in types:
+            return types[kind].model_validate(dict(value))
+        near = did_you_mean(kind, types) if isinstance(kind, str) else ""
+        problem = f"must be {' or '.join(types)}, not {shown(kind)}{near}"
+        raise _at(("kind",), problem, kind)
+
+
+def _at(loc: Key, problem: str, value: Any) -> ValidationError:
+    """Return the error that a key inside the validated one has `problem`."""
+    error = PydanticCustomError("fault", "{problem}", {"problem": problem})
+    details = InitErrorDetails(type=error, loc=loc, input=value)
+    return ValidationError.from_exception_data("recipe", [details])
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, what it extends, and ``KEY=VALUE`` overrides.
+
+    Paths in it are looked up in the working directory, in the folder of the file that names them,
+    and in that folder's parent (the project that keeps it in ``recipes/``), in this order.
+
+    Raises RecipeError with every fault found, each with its file and line or its override.
+    """
+    return _resolve(from_file(Path(path)), overrides)
+
+
+def recipe_from(
+    source: Path | str | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Return the recipe in a file, in a mapping with the keys of one, or changed by overrides.
+
+    Raises RecipeError as `load_recipe` does; faults of a mapping are named by their key alone.
+    """
+    if isinstance(source, Recipe):
+        source = source.model_dump()
+    if isinstance(source, Mapping):
+        return _resolve(from_mapping(source), overrides)
+    return load_recipe(source, overrides)
+
+
+def _resolve(source: Source, overrides: Sequence[str]) -> Recipe:
+    for override in from_overrides(overrides):
+        source = override.lay_over(source)
+    faults = list(source.faults)
+    sections = _sections(source.tree)
+    faults += _find_paths(source, sections)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(source.tree)
+    except ValidationError as exc:
+        noted = {(fault.place, fault.key) for fault in faults}
+        faults += [f for f in explain(exc, source, sections) if (f.place, f.key) not in noted]
+    faults += _contradictions(source, {fault.key for fault in faults})
+    if faults:
+        raise RecipeError(faults)
+    assert recipe is not None
+    return recipe
+
+
+def _sections(tree: Mapping[str, Any]) -> dict[str, type[schema.Section]]:
+    """Return the sections by key, '' being the recipe; the adapter's is that of its kind."""
+    settings: type[schema.Section] = schema.AdapterSettings
+    adapter = tree.get("adapter")
+    if isinstance(adapter, Mapping) and isinstance(adapter.get("kind"), str):
+        settings = adapters.settings_types().get(adapter["kind"], settings)
+    return {
+        "": Recipe,
+        "base": schema.Base,
+        "data": schema.Data,
+        "adapter": settings,
+        "train": schema.Train,
+        "evaluate": schema.Evaluate,
+        "export": schema.Export,
+    }
+
+
+def _find_paths(source: Source, sections: Mapping[str, type[schema.Section]]) -> Iterator[Fault]:
+    """Replace each path in the tree by where it is found; yield a fault for each that is not."""
+    for name, section in sections.items():
+        values = source.tree.get(name)
+        if not isinstance(values, dict):
+            continue
+        for key, field in fields(section):
+            kind, text = extra(field, "x-path"), values.get(key)
+            if kind is None or not isinstance(text, str) or not text:
+                continue
+            place = source.place((name, key))
+            roots = [Path()] + ([place.folder, place.folder.parent] if place.folder else [])
+            found = _first_found(text, roots)
+            if found is not None:
+                if kind == "folder" and not Path(found).is_dir():
+                    yield source.fault((name, key), f'"{text}" is a file; it must be a folder')
+                values[key] = found
+            elif kind == "folder" or not _may_be_remote(text):
+                yield source.fault((name, key), _not_found(text, roots, kind))
+
+
+def _first_found(text: str, roots: Sequence[Path]) -> str | None:
+    """Return the path as it is written from the working directory, absolute if outside of it."""
+    path = Path(text).expanduser()
+    for root in roots:
+        if text != schema.BUNDLED and (root / path).exists():
+            if root == Path() and str(path) == text:
+                return text
+            whole = Path(os.path.abspath(root / path))
+            return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
+    return None
+
+
+def _may_be_remote(text: str) -> bool:
+    return text == schema.BUNDLED or (_HUB_ID.fullmatch(text) is not None and text[0] != ".")
+
+
+def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
+    looked = list(dict.fromkeys(os.path.abspath(root / Path(text).expanduser()) for root in roots))
+    problem = f'there is no folder "{text}" (looked for {", ".join(looked)})'
+    if kind == "folder":
+        return problem
+    near = did_you_mean(text, [schema.BUNDLED])
+    return f"{problem}{near}; a Hub id has the form owner/name"
+
+
+def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
+    """Yield what keys of different sections, or the files they name, say against each other."""
+    tree = source.tree
+    base, data, train, evaluate = (tree.get(n) for n in ("base", "data", "train", "evaluate"))
+    if isinstance(data, dict):
+        yield from _holdout(source, data, faulty)
+    if isinstance(train, dict) and train.get("text_encoder_learning_rate") is not None:
+        yield from _text_encoder(source)
+    if isinstance(base, dict):
+        yield from _family(source, base, data if isinstance(data, dict) else {}, faulty)
+    if isinstance(evaluate, dict):
+        yield from _scheduler(source, evaluate)
+
+
+def _holdout(source: Source, data: Mapping[str, Any], faulty: set[str]) -> Iterator[Fault]:
+    folder, holdout = data.get("source"), data.get("holdout")
+    if not (isinstance(folder, str) and isinstance(holdout, str)):
+        return
+    if {"data.source", "data.holdout"} & faulty:
+        return
+    trained, held = Path(folder).resolve(), Path(holdout).resolve()
+    if held.is_relative_to(trained) or trained.is_relative_to(held):
+        how = "is the same folder as" if trained == held else "overlaps with"
+        problem = f'"{holdout}" {how} data.source: held-out pictures must never be trained on'
+        yield source.fault(("data", "holdout"), problem)
+
+
+def _text_encoder(source: Source) -> Iterator[Fault]:
+    settings = _sections(source.tree)["adapter"]
+    try:
+        adapter = settings.model_validate(source.tree.get("adapter"))
+    except ValidationError:
+        return  # its own faults are listed already
+    assert isinstance(adapter, schema.AdapterSettings)
+    if not adapter.trains_text_encoder():
+        problem = "is set, but the adapter trains no text encoder: leave it out"
+        yield source.fault(("train", "text_encoder_learning_rate"), problem)
+
+
+def _family(
+    source: Source, base: Mapping[str, Any], data: Mapping[str, Any], faulty: set[str]
+) -> Iterator[Fault]:
+    """Hold a base on this disk to its own description; a Hub id is only known once fetched."""
+    name, size = base.get("family"), data.get("resolution")
+    if isinstance(name, str) and name not in families.names():
+        known = families.names()
+        problem = f"must be {' or '.join(known)}, not {shown(name)}{did_you_mean(name, known)}"
+        yield source.fault(("base", "family"), problem)
+        name = None
+    if any(key.startswith("base.") for key in faulty) or not _is_local(base.get("model")):
+        return
+    try:
+        settings = schema.Base.model_validate(base)
+        family = families.recognise(families.ModelFolder.open(settings))
+    except ValidationError:
+        return  # listed already
+    except UserError as exc:
+        yield source.fault(("base", "model"), str(exc).removeprefix("base.model: "))
+        return
+    if name is not None and name != family.name:
+        problem = f"is {shown(name)}, but {settings.model} is {family.name}"
+        yield source.fault(("base", "family"), problem)
+    if type(size) is int and "data.resolution" not in faulty and size % family.size_multiple:
+        problem = f"must be a multiple of {family.size_multiple} for {settings.model}, not {size}"
+        yield source.fault(("data", "resolution"), problem)
+
+
+def _is_local(model: object) -> bool:
+    return isinstance(model, str) and (model == schema.BUNDLED or Path(model).exists())
+
+
+def _scheduler(source: Source, evaluate: Mapping[str, Any]) -> Iterator[Fault]:
+    name = evaluate.get("scheduler")
+    if not isinstance(name, str) or name.lower() in SCHEDULERS or name.endswith("Scheduler"):
+        return
+    near = did_you_mean(name, SCHEDULERS)
+    problem = f"must be {', '.join(SCHEDULERS)} or a diffusers class name, not {shown(name)}{near}"
+    yield source.fault(("evaluate", "scheduler"), problem)
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML with every default written out; it loads to an equal recipe.
+
+    Paths stand as they are found from the working directory.
+    """
+    yaml = YAML()
+    yaml.width = 100
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    text = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe file, with every adapter kind's own settings.
+
+    A file that `extends` another may leave any key to it.
+    """
+    whole = Recipe.model_json_schema()
+    sections = whole["$defs"]
+    del sections["AdapterSettings"]
+    kinds = {}
+    for kind, settings in adapters.settings_types().items():
+        kinds[kind] = settings.model_json_schema()
+        sections |= kinds[kind].pop("$defs", {})
+        sections[settings.__name__] = kinds[kind]
+    adapter = whole["properties"]["adapter"]
+    adapter.pop("$ref", None)
+    adapter["anyOf"] = [
+        {"$ref": f"#/$defs/{settings.__name__}"} for settings in adapters.settings_types().values()
+    ]
+    whole["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another recipe file, relative to this one; what stands here overrides it.",
+    }
+    needed: dict[str, Any] = {"required": whole.pop("required"), "properties": {}}
+    for name, field in Recipe.model_fields.items():
+        section = sections.get(getattr(field.annotation, "__name__", ""))
+        if section and "required" in section:
+            needed["properties"][name] = {"required": section.pop("required")}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **whole,
+        "if": {"required": ["extends"]},
+        "else": needed,
+    }

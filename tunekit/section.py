@@ -1,0 +1,58 @@
+"""What every section of a recipe is made of: the base class, notes on fields, common types."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+
+
+def also(*words: str) -> dict[str, JsonValue]:
+    """Return `json_schema_extra` that records what other trainers call the field."""
+    return {"x-also": list(words)}
+
+
+def holds_path(kind: Literal["folder", "model"]) -> dict[str, JsonValue]:
+    """Return `json_schema_extra` that marks what may be a path, to be looked for on this disk.
+
+    "folder": a folder that must be there. "model": `toybox`, a path that must be there, or a
+    Hub id.
+    """
+    return {"x-path": kind}
+
+
+def template(text: str) -> str:
+    """Refuse braces other than {trigger} and {class}; ``{{`` and ``}}`` are braces themselves."""
+    if re.search(r"[{}]", re.sub(r"\{\{|\}\}|\{trigger\}|\{class\}", "", text)):
+        raise ValueError(f'"{text}" has braces other than {{trigger}} and {{class}}')
+    return text
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = sorted({str(v) for v in values if values.count(v) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} stands there more than once")
+    return values
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Word = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\s{}]([^{}\r\n]*[^\s{}])?$")]
+Template = Annotated[str, Field(min_length=1), AfterValidator(template)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strictly typed, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
