@@ -1,0 +1,125 @@
+"""`python -m tunekit.toybox.pretrain`: makes the whole toybox from nothing, stage by stage.
+
+Every stage resumes where it was stopped; a finished stage is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+STAGES = ("pictures", "clip", "vae", "judge", "subject", "unet", "assemble", "assess")
+COUNTS = {"full": (40_000, 11), "core": (80_000, 12), "same": (24_000, 13)}
+STEPS = {"clip": 550, "vae": 6_000, "judge": 1_500, "subject": 1_500, "unet": 6_000}
+
+
+def _arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tunekit.toybox.pretrain", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".pretrain"),
+                        help="folder for pictures, caches and checkpoints")  # fmt: skip
+    parser.add_argument("--only", choices=STAGES, action="append",
+                        help="run only this stage (may be given again)")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=1, help="processes for unet (gloo)")
+    parser.add_argument("--steps", type=int, help="steps of the one stage named by --only")
+    parser.add_argument("--target", type=Path, help="where the finished weights go "
+                        "(default: tunekit/toybox/weights)")  # fmt: skip
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale of assess")
+    return parser.parse_args(arguments)
+
+
+def _unet(rank: int, work: Path, steps: int, ranks: int) -> None:
+    import torch
+
+    from tunekit.toybox.pretrain import unet
+    from tunekit.toybox.pretrain.pictures import pictures
+
+    if ranks > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{(work / 'rendezvous').absolute()}", rank=rank,
+            world_size=ranks,
+        )  # fmt: skip
+        torch.set_num_threads(1)
+    count, seed = COUNTS["core"]
+    data = unet.encode(work, pictures(work / "pictures", "core", count, seed, 1), "core")
+    unet.train(work, data, steps, rank=rank, ranks=ranks)
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
+    from tunekit.toybox.pretrain.pictures import Pictures, pictures
+
+    steps = options.steps or STEPS.get(name, 0)
+
+    def rendered(kind: str) -> Pictures:
+        count, seed = COUNTS[kind]
+        return pictures(work / "pictures", kind, count, seed, os.cpu_count() or 1)
+
+    if name == "pictures":
+        for kind in COUNTS:
+            rendered(kind)
+    elif name == "clip":
+        from tunekit.toybox.pretrain import clip, words
+
+        data = rendered("full")
+        if not (work / "tokenizer").exists():
+            words.train_tokenizer([f["caption"] for f in data.facts], work / "tokenizer")
+        clip.train(work, data, steps)
+    elif name == "vae":
+        from tunekit.toybox.pretrain import vae
+
+        vae.train(work, rendered("full"), steps)
+    elif name in ("judge", "subject"):
+        from tunekit.toybox.pretrain import judge
+
+        if name == "judge":
+            judge.train_judge(work, rendered("full"), steps)
+        else:
+            judge.train_subject(work, rendered("same"), steps)
+    elif name == "unet":
+        _unet_processes(work, steps, options.processes)
+    else:
+        _finish(name, work, options)
+
+
+def _unet_processes(work: Path, steps: int, processes: int) -> None:
+    if processes == 1:
+        _unet(0, work, steps, 1)
+        return
+    import torch.multiprocessing as multiprocessing
+
+    (work / "rendezvous").unlink(missing_ok=True)
+    multiprocessing.spawn(_unet, (work, steps, processes), processes)  # type: ignore[no-untyped-call]
+
+
+def _finish(name: str, work: Path, options: argparse.Namespace) -> None:
+    from tunekit.toybox import WEIGHTS
+
+    target = options.target or WEIGHTS
+    if name == "assemble":
+        from tunekit.toybox.pretrain import unet
+        from tunekit.toybox.pretrain.assemble import assemble
+
+        unet.save_running(work)
+        assemble(work, target)
+    else:
+        from tunekit.toybox.pretrain.assess import assess
+
+        table = assess(target / "model", work, guidance=options.guidance)
+        for row in ("bar", "rendered", "reconstructed", "drawn"):
+            print(f"{row:14}", *(f"{k} {v:5.1f}" for k, v in table[row].items()))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the stages asked for, in order."""
+    options = _arguments(sys.argv[1:] if arguments is None else arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    for name in options.only or STAGES:
+        print(f"== {name}", flush=True)
+        _stage(name, options.work, options)
+
+
+if __name__ == "__main__":
+    main()
