@@ -1,0 +1,187 @@
+"""Preflight: every picture of a folder decoded once, every fault told at once, and what to know."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tunekit.data.captions import fill
+from tunekit.data.images import PictureError, decode, pixel_hash, plan_fit
+from tunekit.data.source import DataError, Folder, Record, read_folder, stream
+from tunekit.errors import UserError
+
+if TYPE_CHECKING:
+    from tunekit.schema import Data
+
+MOST_ENLARGED = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture and its words, checked.
+
+    path: the file. name: its path inside the folder. caption: placeholders filled in.
+    origin: where the caption stands: "metadata.jsonl:3", "00.txt", or "template".
+    width, height: pixels after the EXIF orientation. pixels: sha256 of the decoded RGB pixels.
+    key: sha256 of pixels and caption: what the example is, whatever its file is called.
+    """
+
+    path: Path
+    name: str
+    caption: str
+    origin: str
+    width: int
+    height: int
+    pixels: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to know about some pictures. severity: whether it may hurt the result."""
+
+    severity: Literal["note", "warning"]
+    text: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        mark = "warning: " if self.severity == "warning" else ""
+        return f"{mark}{self.text}: {', '.join(self.names)}" if self.names else mark + self.text
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """What a folder of pictures holds: what a run prints and its report shows.
+
+    resolution: edge in pixels the pictures are made, None where it was not asked.
+    examples: in the order of their names. notes: warnings first.
+    """
+
+    folder: Path
+    resolution: int | None
+    examples: tuple[Example, ...]
+    notes: tuple[Note, ...]
+
+    def summary(self) -> list[str]:
+        """Return the sheet as lines of text."""
+        sizes = sorted({(e.width, e.height) for e in self.examples}, key=lambda s: s[0] * s[1])
+        span = " to ".join(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])[: len(sizes)])
+        count = "1 picture" if len(self.examples) == 1 else f"{len(self.examples)} pictures"
+        made = f", made {self.resolution}x{self.resolution}" if self.resolution else ""
+        return [f"{self.folder}: {count} of {span}{made}", *(str(note) for note in self.notes)]
+
+
+def preflight(data: Data, resolution: int | None = None, *, folder: str | None = None) -> DataSheet:
+    """Read and check `data.source` (or `folder`, such as `data.holdout`).
+
+    resolution: edge in pixels the pictures will have; default `data.resolution`. With neither,
+    nothing is said about enlarging and cutting.
+    Raises DataError with every fault of every file, and UserError where there are no pictures or
+    the caption template is wrong.
+    """
+    size = resolution or data.resolution
+    template = fill(data.caption, data.trigger, data.class_noun)
+    found = read_folder(Path(folder or data.source))
+    faults = list(found.faults)
+    remarks: dict[str, list[str]] = {}
+    examples = []
+    for record in stream(found.records()):
+        try:
+            examples.append(_example(record, data, template, size, remarks))
+        except UserError as error:
+            faults.append(f"{record['name']}: {error}")
+    if faults:
+        raise DataError(found.root, faults)
+    notes = [Note("note", text, tuple(names)) for text, names in remarks.items()]
+    notes += _caption_notes(found, examples, data) + _picture_notes(examples, size)
+    notes.sort(key=lambda note: note.severity != "warning")
+    return DataSheet(found.root, size, tuple(examples), tuple(notes))
+
+
+def load_examples(data: Data) -> list[Example]:
+    """Return the checked examples of `data.source`. Raises as preflight does."""
+    return list(preflight(data).examples)
+
+
+def shared_pictures(one: DataSheet, other: DataSheet) -> list[tuple[str, str]]:
+    """Return the names of pictures that stand in both sheets, compared by their pixels."""
+    names = {example.pixels: example.name for example in one.examples}
+    return [(names[e.pixels], e.name) for e in other.examples if e.pixels in names]
+
+
+def _example(
+    record: Record, data: Data, template: str, size: int | None, remarks: dict[str, list[str]]
+) -> Example:
+    path, name, text = Path(record["image"]["path"]), record["name"], record["text"]
+    picture = decode(path)
+    for remark in picture.notes:
+        remarks.setdefault(remark, []).append(name)
+    width, height = picture.image.size
+    if size and min(width, height) * MOST_ENLARGED < size:
+        raise PictureError(
+            f"{width}x{height} would be enlarged more than {MOST_ENLARGED} times for a resolution "
+            f"of {size}; take a larger picture or lower data.resolution"
+        )
+    try:
+        caption = template if text is None else fill(text, data.trigger, data.class_noun)
+    except UserError as error:
+        raise UserError(f"caption in {record['origin']}: {error}") from None
+    pixels = pixel_hash(picture.image)
+    key = hashlib.sha256(f"{pixels}\n{caption}".encode()).hexdigest()
+    return Example(path, name, caption, record["origin"], width, height, pixels, key)
+
+
+def _caption_notes(found: Folder, examples: Sequence[Example], data: Data) -> list[Note]:
+    notes = []
+    from_template = [e.name for e in examples if e.origin == "template"]
+    if len(from_template) == len(examples):
+        filled = examples[0].caption
+        notes.append(Note("note", f'captions: all "{filled}", from the template', ()))
+    elif from_template:
+        text = f'no caption file, so the template "{data.caption}" captions them'
+        notes.append(Note("warning", text, tuple(from_template)))
+    own = len(examples) - len(from_template)
+    if own:
+        origin = "metadata.jsonl" if found.has_metadata else ".txt files"
+        notes.append(Note("note", f"captions: {own} from {origin}", ()))
+    if found.joined:
+        notes.append(Note("note", "several lines joined to one caption", tuple(found.joined)))
+    without = [e.name for e in examples if data.trigger.lower() not in e.caption.lower()]
+    if without:
+        text = f'the caption does not say "{data.trigger}", so it does not teach the trigger'
+        notes.append(Note("warning", text, tuple(without)))
+    if found.unused_columns:
+        columns = tuple(sorted(found.unused_columns))
+        notes.append(Note("note", "columns of metadata.jsonl that are not used", columns))
+    if found.aside:
+        notes.append(Note("note", "not pictures and left aside", tuple(sorted(found.aside))))
+    return notes
+
+
+def _picture_notes(examples: Sequence[Example], size: int | None) -> list[Note]:
+    notes = []
+    by_pixels: dict[str, list[str]] = {}
+    for example in examples:
+        by_pixels.setdefault(example.pixels, []).append(example.name)
+    for names in by_pixels.values():
+        if len(names) > 1:
+            text = f"the same picture {len(names)} times, seen that much oftener"
+            notes.append(Note("warning", text, tuple(names)))
+    if size is None:
+        return notes
+    small = [(e, plan_fit(e.width, e.height, size).scale) for e in examples]
+    enlarged = [f"{e.name} ({e.width}x{e.height}, {s:.2f}x)" for e, s in small if s > 1]
+    if enlarged:
+        text = f"smaller than {size} pixels and enlarged, which teaches blur"
+        notes.append(Note("warning", text, tuple(enlarged)))
+    cut = []
+    for e in examples:
+        share = 1 - min(e.width, e.height) / max(e.width, e.height)
+        if share:
+            cut.append(f"{e.name} ({e.width}x{e.height}, {share:.0%})")
+    if cut:
+        notes.append(Note("note", "not square, so this much is cut off", tuple(cut)))
+    return notes
