@@ -35,7 +35,7 @@ class Check:
 
 def examine() -> tuple[Check, ...]:
     """Look at this machine and installation. Loads torch, downloads nothing."""
-    return tuple([*_machine(), *_packages(), *_torch(), *_models(), *_folders()])
+    return (*_machine(), *_packages(), *_torch(), *_models(), *_folders())
 
 
 def _machine() -> Iterator[Check]:
@@ -96,7 +96,9 @@ def _folders() -> Iterator[Check]:
     here = Path.cwd()
     free = shutil.disk_usage(here).free / GIB
     if not os.access(here, os.W_OK):
-        yield Check("working folder", f"{here} is read-only", "runs need a folder to write to: --out")
+        yield Check(
+            "working folder", f"{here} is read-only", "runs need a folder to write to: --out"
+        )
     else:
         remedy = "" if free >= ENOUGH_DISK_GIB else "free some disk space before a run"
         yield Check("working folder", f"{here}, {free:.1f} GiB free", remedy)

@@ -54,18 +54,29 @@ def explain(
         problem = _problem(details, key, sections)
         if problem not in found.setdefault(key, []):
             found[key].append(problem)
-    return [source.fault(key, "; or ".join(problems)) for key, problems in found.items()]
+    return [source.fault(key, _joined(problems)) for key, problems in found.items()]
+
+
+def _joined(problems: list[str]) -> str:
+    """Return one sentence for a key that may be one kind of thing or another and is neither."""
+    heads, tails = zip(*(problem.partition(", not ")[::2] for problem in problems), strict=True)
+    if len(set(tails)) == 1 and tails[0] and all(h.startswith("must be ") for h in heads):
+        wanted = " or ".join(head.removeprefix("must be ") for head in heads)
+        return f"must be {wanted}, not {tails[0]}"
+    return "; or ".join(problems)
 
 
 def _key(details: ErrorDetails, tree: Any) -> Key:
     """Return the error's place in the tree, without the union branches pydantic appends."""
     key: Key = ()
     for part in details["loc"]:
-        inside = isinstance(tree, dict) or (isinstance(tree, list) and isinstance(part, int))
-        if not inside:
+        if isinstance(tree, dict):
+            tree = tree.get(str(part))
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        else:
             break
         key = (*key, part)
-        tree = tree.get(part) if isinstance(tree, dict) else tree[int(part)]
     return key
 
 
@@ -74,6 +85,8 @@ def _problem(details: ErrorDetails, key: Key, sections: Mapping[str, type[Sectio
     field = _field(key, sections)
     if kind == "extra_forbidden":
         return f"unknown key{_suggestion(key, sections)}"
+    if kind == "missing" and isinstance(value, list):
+        return f"has too few items: {shown(value)}"
     if kind == "missing":
         return f"is missing: {_first_sentence(field)}"
     if kind == "value_error":
@@ -118,6 +131,8 @@ def _literals(details: ErrorDetails) -> list[str]:
 def _hint(kind: str, value: Any) -> str:
     if kind == "string_type" and isinstance(value, (bool, int, float)):
         return f' (quote it: "{json.dumps(value)}")'
+    if kind == "model_type" and value is None:
+        return " (indent its keys below it, or leave the line out)"
     if not isinstance(value, str):
         return ""
     if kind in ("int_type", "float_type") and _is_number(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ Key = tuple[str | int, ...]
 MAX_BYTES = 64_000
 MAX_DEPTH = 20
 MAX_NODES = 20_000
+_BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 _CORE = "tag:yaml.org,2002:"
 _TEXT = {_CORE + "str", _CORE + "timestamp"}
 _NUMBERS = {_CORE + "int", _CORE + "float"}
@@ -55,7 +57,10 @@ class RecipeError(UserError):
     def __init__(self, faults: Sequence[Fault]) -> None:
         assert faults
         files = list(dict.fromkeys(fault.place.name for fault in faults))
-        order = sorted(faults, key=lambda f: (files.index(f.place.name), f.place.line or 0))
+        order = sorted(
+            faults,
+            key=lambda f: (f.place.folder is None, files.index(f.place.name), f.place.line or 0),
+        )
         self.faults: tuple[Fault, ...] = tuple(dict.fromkeys(order))
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
@@ -185,6 +190,10 @@ class _Reader:
 
     def compose(self, text: str) -> Node | None:
         """Return the text's only document. Raises RecipeError for what is not YAML."""
+        # ruamel's time grows with the square of open brackets: refuse before it starts.
+        opened = itertools.accumulate(_BRACKETS.get(character, 0) for character in text)
+        if max(opened, default=0) > MAX_DEPTH:
+            _refuse(self.base, "is nested too deeply")
         try:
             node: Node | None = self.yaml.compose(text)
         except MarkedYAMLError as exc:

@@ -1,0 +1,486 @@
+"""A recipe is read whole, and refused whole: every fault, with its place and its remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunekit import recipe_source
+from tunekit.recipe import (
+    Recipe,
+    RecipeError,
+    dump_yaml,
+    json_schema,
+    load_recipe,
+    recipe_from,
+)
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+GOOD = """\
+name: good
+base:
+  model: model
+data:
+  source: pictures
+  trigger: zorp
+  class: robot
+adapter:
+  kind: lora
+train:
+  learning_rate: 1e-4
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a folder of pictures, a base and a recipe; the working directory is in it."""
+    for name in ("pictures", "more", "model/unet", "recipes"):
+        (tmp_path / name).mkdir(parents=True)
+    parts = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "scheduler": "DDIMScheduler",
+    }
+    index = {"_class_name": "StableDiffusionPipeline"} | {k: ["x", v] for k, v in parts.items()}
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index))
+    (tmp_path / "model/unet/config.json").write_text(json.dumps({"in_channels": 4}))
+    (tmp_path / "recipes/good.yaml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def faults(text: str, *overrides: str) -> list[str]:
+    """Return the lines with which a recipe of this text is refused."""
+    Path("recipes/bad.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Path("recipes/bad.yaml"), overrides)
+    assert [str(fault) for fault in caught.value.faults] == str(caught.value).splitlines()
+    return str(caught.value).splitlines()
+
+
+def test_a_good_recipe_has_its_values_and_defaults(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipes/good.yaml")
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.data.class_noun == "robot"
+    assert recipe.adapter.kind == "lora"
+    assert recipe.train.steps == 400
+    assert recipe.train.sample_every == 100
+    assert recipe.evaluate.prompts[0] == "a {trigger} {class}"
+
+
+def test_every_fault_at_once_with_line_value_and_remedy(folder: Path) -> None:
+    found = faults(
+        """\
+name: my run
+base:
+  model: model
+  dtyp: fp16
+data:
+  source: picturez
+  trigger: zorp
+  class: robot
+  flip: yes
+adapter:
+  kind: lora
+  rank: 0
+  targets: 5
+train:
+  stepz: 100
+  lr: 1e-4
+  batch_size: "8"
+  optimizer: adam
+  min_snr_gamma: .inf
+  betas: [0.9]
+evaluate:
+  prompts: []
+  seeds: [1, x]
+  scheduler: eulr
+colour: blue
+"""
+    )
+    expected = [
+        r'bad.yaml:1: name: "my run" is not allowed: .*Letters, digits',
+        r'bad.yaml:4: base.dtyp: unknown key \(did you mean "dtype"\?\)',
+        r'bad.yaml:6: data.source: there is no folder "picturez" \(looked for /.*\)',
+        r'bad.yaml:9: data.flip: must be true or false, not "yes" \(write true\)',
+        r"bad.yaml:12: adapter.rank: must be at least 1 and at most 1024, not 0",
+        r"bad.yaml:13: adapter.targets: must be attention, .* or a list, not 5",
+        r'bad.yaml:15: train.stepz: unknown key \(did you mean "steps"\?\)',
+        r'bad.yaml:16: train.lr: unknown key \(did you mean "learning_rate"\?\)',
+        r'bad.yaml:17: train.batch_size: must be a whole number, not "8" \(without the quotes: 8\)',
+        r'bad.yaml:18: train.optimizer: must be adamw, not "adam" \(did you mean "adamw"\?\)',
+        r"bad.yaml:19: train.min_snr_gamma: must be a finite number, not Infinity",
+        r"bad.yaml:20: train.betas: has too few items: \[0.9\]",
+        r"bad.yaml:22: evaluate.prompts: must not be empty",
+        r'bad.yaml:23: evaluate.seeds.1: must be a whole number, not "x"',
+        r'bad.yaml:24: evaluate.scheduler: must be ddim, .*not "eulr" \(did you mean "euler"\?\)',
+        r"bad.yaml:25: colour: unknown key; known here: name, base, data,",
+    ]
+    assert len(found) == len(expected), "\n".join(found)
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.match(f"recipes/{pattern}", line), f"{line}\ndoes not say\n{pattern}"
+
+
+def test_missing_keys_are_named_where_their_section_stands(folder: Path) -> None:
+    found = faults("name: x\nbase:\n  model: model\ndata:\n  source: pictures\nadapter: {}\n")
+    assert [line.split(": ", 2)[:2] for line in found] == [
+        ["recipes/bad.yaml:4", "data.trigger"],
+        ["recipes/bad.yaml:4", "data.class"],
+        ["recipes/bad.yaml:6", "adapter.kind"],
+    ]
+    assert "is missing: The new word that will call the subject" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train: {steps: 10, warmup_steps: 10}", "train.warmup_steps: 10 is not fewer than steps"),
+        ("train: {steps: 10, sample_every: 11}", "train.sample_every: 11 is more than steps (10)"),
+        ("train: {steps: 10, checkpoint_every: 11}", "train.checkpoint_every: 11 is more than"),
+        (
+            "train: {text_encoder_learning_rate: 1e-5}",
+            "train.text_encoder_learning_rate: is set, but the adapter trains no text encoder",
+        ),
+        ("evaluate: {prompts: [a robot]}", 'evaluate.prompts: "a robot" lacks {trigger}'),
+        ("evaluate: {prompts: ['{trigger} {x}']}", "evaluate.prompts.0: "),
+        ("evaluate: {seeds: [3, 3]}", "evaluate.seeds: 3 stands there more than once"),
+    ],
+)
+def test_contradictions_between_keys(folder: Path, line: str, says: str) -> None:
+    text = GOOD[: GOOD.index("train:")] + line + "\n"
+    assert [f"recipes/bad.yaml:10: {says}" in found for found in faults(text)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("class: robot", "class: zorp", '7: data.class: "zorp" is the trigger as well'),
+        ("class: robot", "class: robot\n  holdout: pictures", "8: data.holdout: "),
+        ("class: robot", "class: robot\n  holdout: .", '8: data.holdout: "." overlaps with data'),
+        ("class: robot", "class: robot\n  caption: a robot", "8: data.caption: "),
+        (
+            "class: robot",
+            "class: robot\n  resolution: 60",
+            "8: data.resolution: must be a multiple of 8 for model, not 60",
+        ),
+        ("model: model", "model: model\n  family: sdd", "4: base.family: must be "),
+        ("model: model", "model: pictures", "3: base.model: pictures: is no diffusers model"),
+        ("model: model", "model: toybx", '3: base.model: there is no folder "toybx" (looked'),
+        ("model: model", "model: ./org/model", '3: base.model: there is no folder "./org/model"'),
+        ("source: pictures", "source: recipes/good.yaml", "is a file; it must be a folder"),
+    ],
+)
+def test_contradictions_with_what_is_on_the_disk(
+    folder: Path, old: str, new: str, says: str
+) -> None:
+    found = faults(GOOD.replace(old, new))
+    assert len(found) == 1
+    assert says in found[0]
+
+
+def test_overrides_obey_the_same_rules_and_are_named(folder: Path) -> None:
+    found = faults(
+        GOOD,
+        "train.stepz=5",
+        "adapter.rank=many",
+        "data.caption=",
+        "nonsense",
+        "train.seed=1",
+        "train.seed=2",
+        "extends=x.yaml",
+        "evaluate.prompts=[a",
+        "train.betas=[0.9, 2]",
+    )
+    assert set(found) == {
+        'override "train.stepz=5": train.stepz: unknown key (did you mean "steps"?)',
+        'override "adapter.rank=many": adapter.rank: must be a whole number, not "many"',
+        'override "data.caption=": data.caption: must not be empty',
+        'override "nonsense": is not KEY=VALUE, such as train.steps=500',
+        'override "train.seed=2": contradicts override "train.seed=1": give the key once',
+        'override "extends=x.yaml": extends stands in recipe files only',
+        "override \"evaluate.prompts=[a\": not YAML: expected ',' or ']', but got '<stream end>'",
+        'override "train.betas=[0.9, 2]": train.betas.1: must be below 1, not 2',
+    }
+
+
+def test_overrides_take_numbers_lists_sections_and_plain_text(folder: Path) -> None:
+    recipe = load_recipe(
+        folder / "recipes/good.yaml",
+        [
+            "train.learning_rate=3e-4",
+            "train.betas=[0.8, 0.9]",
+            "adapter={rank: 4, alpha: 2}",
+            "data.caption={trigger} {class} # 1: of its kind",
+            "evaluate.negative_prompt=",
+            "data.trigger='007'",
+            "train.min_snr_gamma=null",
+        ],
+    )
+    assert recipe.train.learning_rate == 3e-4
+    assert recipe.train.betas == (0.8, 0.9)
+    assert (recipe.adapter.rank, recipe.adapter.alpha) == (4, 2)  # type: ignore[attr-defined]
+    assert recipe.data.caption == "{trigger} {class} # 1: of its kind"
+    assert recipe.evaluate.negative_prompt == ""
+    assert recipe.data.trigger == "007"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "recipes/bad.yaml: is empty"),
+        ("- a\n", "recipes/bad.yaml: is not a recipe"),
+        ("name: x\ntrain:\n\tsteps: 5\n", "recipes/bad.yaml:3: not YAML: holds a tab"),
+        ("name: x\nbase: [\n", "recipes/bad.yaml:3: not YAML: "),
+        ("name: 'x\n", "recipes/bad.yaml:2: not YAML: "),
+        ("name: x\n---\nname: y\n", "recipes/bad.yaml:2: not YAML: "),
+        ("name: x\nbase: \x07\n", "recipes/bad.yaml:2: not YAML: "),
+        ("[" * 5000, "recipes/bad.yaml: is nested too deeply"),
+        ("- " * 5000, "recipes/bad.yaml: is nested too deeply"),
+        ("name: &a [*a]\n", "recipes/bad.yaml:1: name.0.0: is too large or too deep"),
+        ("# \n" * 30_000, "recipes/bad.yaml: is 90000 bytes; a recipe has at most"),
+    ],
+)
+def test_text_that_is_no_recipe(folder: Path, text: str, says: str) -> None:
+    found = faults(text)
+    assert len(found) == 1
+    assert found[0].startswith(says)
+
+
+def test_aliases_cannot_blow_up(folder: Path) -> None:
+    text = "a: &a [x, x, x, x, x, x, x, x]\n"
+    for old, new in zip(string.ascii_lowercase, string.ascii_lowercase[1:10], strict=False):
+        text += f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n"
+    assert "is too large or too deep" in faults(text)[0]
+
+
+def test_keys_twice_tags_and_merge_keys_are_refused_with_their_line(folder: Path) -> None:
+    found = faults(
+        GOOD
+        + "  steps: 5\n  steps: 6\n  seed: !!python/object/apply:os.system [true]\n"
+        + "evaluate:\n  <<: {steps: 3}\n  steps: !!int five\n"
+    )
+    assert found == [
+        "recipes/bad.yaml:13: train.steps: is written twice (first in line 12): keep one",
+        'recipes/bad.yaml:14: train.seed: "!!python/object/apply:os.system" is refused: '
+        "a recipe holds plain values only",
+        "recipes/bad.yaml:16: evaluate: merge keys are not read here; "
+        "`extends:` inherits from another recipe",
+        'recipes/bad.yaml:17: evaluate.steps: "five" is no int',
+    ]
+
+
+def test_files_that_cannot_be_read(folder: Path) -> None:
+    (folder / "recipes/latin.yaml").write_bytes("name: ü".encode("latin-1"))
+    (folder / "recipes/bom.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_recipe(Path("recipes/bom.yaml")).name == "good"
+    for name, says in (
+        ("recipes/latin.yaml", "is not UTF-8 text (byte 6)"),
+        ("recipes/goood.yaml", 'there is no such recipe (did you mean "good.yaml"?)'),
+        ("recipes", "is a folder; a recipe is a .yaml file"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(Path(name))
+        assert str(caught.value) == f"{name}: {says}"
+
+
+def test_extends_inherits_and_faults_name_the_file_of_the_key(folder: Path) -> None:
+    (folder / "recipes/child.yaml").write_text(
+        "extends: good.yaml\nname: child\ntrain:\n  steps: 8\nadapter: {rank: 2}\n"
+    )
+    child = load_recipe(Path("recipes/child.yaml"), ["train.batch_size=1"])
+    assert (child.name, child.train.steps, child.train.batch_size) == ("child", 8, 1)
+    assert child.train.learning_rate == 1e-4
+    assert child.adapter.rank == 2  # type: ignore[attr-defined]
+
+    (folder / "recipes/good.yaml").write_text(GOOD + "  stepz: 1\n")
+    found = faults("extends: good.yaml\ntrain:\n  sed: 3\ndata:\n  trigger: 5\n")
+    assert sorted(found, reverse=True) == [
+        'recipes/good.yaml:12: train.stepz: unknown key (did you mean "steps"?)',
+        'recipes/bad.yaml:5: data.trigger: must be text, not 5 (quote it: "5")',
+        'recipes/bad.yaml:3: train.sed: unknown key (did you mean "seed"?)',
+    ]
+
+
+def test_extends_in_a_circle_or_to_nothing(folder: Path) -> None:
+    (folder / "recipes/other.yaml").write_text("extends: bad.yaml\n")
+    assert faults("extends: other.yaml\n") == [
+        'recipes/other.yaml:1: extends: "bad.yaml" leads back here '
+        "(bad.yaml -> other.yaml -> bad.yaml)"
+    ]
+    assert faults("extends: bad.yaml\n")[0].startswith("recipes/bad.yaml:1: extends: ")
+    assert 'did you mean "good.yaml"?' in faults("name: x\nextends: goood.yaml\n")[0]
+    assert "must be the name of another recipe file" in faults("extends: 5\n")[0]
+
+
+def test_paths_are_found_from_the_working_directory_or_from_the_recipe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = load_recipe(Path("recipes/good.yaml"))
+    assert (here.data.source, here.base.model) == ("pictures", "model")
+
+    elsewhere = folder / "more"
+    monkeypatch.chdir(elsewhere)
+    found = load_recipe(Path("../recipes/good.yaml"))
+    assert found.data.source == str(folder / "pictures")
+    assert found.base.model == str(folder / "model")
+
+    (elsewhere / "pictures").mkdir()
+    assert load_recipe(Path("../recipes/good.yaml")).data.source == "pictures"
+
+    monkeypatch.chdir(folder.parent)
+    inside = load_recipe(folder / "recipes/good.yaml")
+    assert inside.data.source == f"{folder.name}/pictures"
+
+
+def test_a_hub_id_is_left_alone(folder: Path) -> None:
+    recipe = load_recipe(Path("recipes/good.yaml"), ["base.model=org/model-1.5"])
+    assert recipe.base.model == "org/model-1.5"
+
+
+@pytest.mark.parametrize("overrides", [[], ["train.steps=7", "adapter.rank=3", "data.flip=true"]])
+def test_what_is_written_loads_to_the_same_recipe(folder: Path, overrides: list[str]) -> None:
+    recipe = load_recipe(Path("recipes/good.yaml"), overrides)
+    text = dump_yaml(recipe)
+    Path("resolved.yaml").write_text(text)
+    assert load_recipe(Path("resolved.yaml")) == recipe
+    for section in (recipe.data, recipe.train, recipe.evaluate, recipe.export, recipe.adapter):
+        for key in section.model_dump():
+            assert re.search(rf"^  {key}:", text, re.MULTILINE), f"{key} is not written out"
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rate=st.floats(0, 10),
+    gamma=st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
+    seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4, unique=True),
+    negative=TEXT,
+    caption=TEXT.map(lambda t: t.replace("{", "{{").replace("}", "}}") + "{trigger}"),
+)
+def test_any_value_survives_writing_and_reading(
+    tmp_path_factory: pytest.TempPathFactory,
+    rate: float,
+    gamma: float | None,
+    seeds: list[int],
+    negative: str,
+    caption: str,
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    recipe = recipe_from(
+        {
+            "name": "any",
+            "base": {"model": "org/model"},
+            "data": {"source": folder, "trigger": "zorp", "class": "robot", "caption": caption},
+            "adapter": {"kind": "lora"},
+            "train": {"learning_rate": rate, "min_snr_gamma": gamma},
+            "evaluate": {"seeds": seeds, "negative_prompt": negative},
+        }
+    )
+    (folder / "any.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+    assert load_recipe(folder / "any.yaml") == recipe
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=200) | st.text("abc:-[]{}#&*!|>'\"%@`,? \n\t", max_size=80))
+def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "text.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        load_recipe(path, [f"data.caption={text}"])
+    except RecipeError as exc:
+        assert exc.faults  # noqa: PT017 - any other exception fails the test
+
+
+def test_from_python(folder: Path) -> None:
+    recipe = recipe_from(
+        {
+            "name": "python",
+            "base": {"model": "model"},
+            "data": {"source": Path("pictures"), "trigger": "zorp", "class": "robot"},
+            "adapter": {"kind": "lora", "rank": 8},
+            "train": {"betas": (0.8, 0.9)},
+        },
+        ["train.steps=3"],
+    )
+    assert isinstance(recipe, Recipe)
+    assert recipe.train.steps == 3
+    assert recipe_from(recipe) == recipe
+    assert recipe_from(recipe, ["adapter.rank=4"]).adapter.rank == 4  # type: ignore[attr-defined]
+    assert recipe_from("recipes/good.yaml").name == "good"
+    with pytest.raises(RecipeError, match=r"^recipe: adapter.kind: must be .*not \"lorra\""):
+        recipe_from({**recipe.model_dump(), "adapter": {"kind": "lorra"}})
+
+
+def test_words_of_other_trainers_lead_to_ours(folder: Path) -> None:
+    theirs = {
+        "max_train_steps": "train.steps",
+        "train_batch_size": "train.batch_size",
+        "network_dim": "rank",
+        "mixed_precision": "train.precision",
+        "instance_data_dir": "data.source",
+        "pretrained_model_name_or_path": "base.model",
+        "lr_warmup_steps": "train.warmup_steps",
+        "validation_prompt": "evaluate.prompts",
+        "checkpointing_steps": "train.checkpoint_every",
+    }
+    found = faults(GOOD + "".join(f"{word}: 1\n" for word in theirs))
+    for line, (word, ours) in zip(found, theirs.items(), strict=True):
+        assert f" {word}: unknown key (did you mean " in line
+        assert f'{ours}"?)' in line
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_shipped_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    name = path.relative_to(ROOT)
+    text = path.read_text()
+    assert text.startswith(f"# tunekit train {name}\n"), "opens with its command"
+    assert "# yaml-language-server: $schema=schema.json\n" in text
+    assert load_recipe(name).name == path.stem
+    values = recipe_source.from_file(name).tree
+    jsonschema.validate(values, json_schema(), jsonschema.Draft202012Validator)
+
+
+def test_the_schema_on_disk_is_the_schema() -> None:
+    on_disk = json.loads((ROOT / "recipes/schema.json").read_text())
+    assert on_disk == json_schema(), "run: tunekit schema > recipes/schema.json"
+
+
+def test_the_schema_describes_every_key_and_refuses_what_we_refuse() -> None:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    sections = [schema, *schema["$defs"].values()]
+    for section in sections:
+        assert section["additionalProperties"] is False
+        for key, field in section["properties"].items():
+            assert "description" in field or "$ref" in field, key
+    good = {
+        "name": "x",
+        "base": {"model": "toybox"},
+        "data": {"source": "p", "trigger": "zorp", "class": "robot"},
+        "adapter": {"kind": "lora"},
+    }
+    assert validator.is_valid(good)
+    assert validator.is_valid({"extends": "x.yaml"})
+    for wrong in (
+        {**good, "trainn": {}},
+        {**good, "train": {"steps": 0}},
+        {**good, "data": {"source": "p"}},
+        {**good, "adapter": {"kind": "lora", "rank": "x"}},
+        {key: value for key, value in good.items() if key != "base"},
+    ):
+        assert not validator.is_valid(wrong), wrong
