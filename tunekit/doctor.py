@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -33,9 +33,35 @@ class Check:
         return not self.remedy
 
 
-def examine() -> tuple[Check, ...]:
+@dataclass(frozen=True)
+class Report:
+    """Every check, in the order of the report."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is missing."""
+        return all(check.ok for check in self.checks)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return everything as JSON values."""
+        return {"ok": self.ok, "checks": [asdict(c) | {"ok": c.ok} for c in self.checks]}
+
+    def lines(self) -> list[str]:
+        """Return the report for people, a line a check, then what to do."""
+        width = max(len(check.name) for check in self.checks)
+        lines = [
+            f"{' ' if check.ok else '!'} {check.name:<{width}}  {check.found}"
+            for check in self.checks
+        ]
+        todo = [f"! {check.name}: {check.remedy}" for check in self.checks if not check.ok]
+        return [*lines, "", *(todo or ["Nothing is missing."])]
+
+
+def examine() -> Report:
     """Look at this machine and installation. Loads torch, downloads nothing."""
-    return (*_machine(), *_packages(), *_torch(), *_models(), *_folders())
+    return Report((*_machine(), *_packages(), *_torch(), *_models(), *_folders()))
 
 
 def _machine() -> Iterator[Check]:
@@ -96,9 +122,7 @@ def _folders() -> Iterator[Check]:
     here = Path.cwd()
     free = shutil.disk_usage(here).free / GIB
     if not os.access(here, os.W_OK):
-        yield Check(
-            "working folder", f"{here} is read-only", "runs need a folder to write to: --out"
-        )
+        yield Check("working folder", f"{here} is read-only", "give a run another folder: --out")
     else:
         remedy = "" if free >= ENOUGH_DISK_GIB else "free some disk space before a run"
         yield Check("working folder", f"{here}, {free:.1f} GiB free", remedy)

@@ -1,0 +1,228 @@
+"""The command line: each verb parses, calls and prints. What is called is imported in the verb."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tunekit.errors import UserError
+
+app = typer.Typer(
+    name="tunekit",
+    help="Teach a diffusion model one new thing from a handful of pictures, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would take longer to import than plain help takes to print
+)
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a .yaml file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Other values for keys of the recipe, such as train.steps=500.",
+        show_default=False,
+    ),
+]
+# A disk that is full or may not be written to is for the user to mend, whoever ran into it.
+_MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
+
+
+def main() -> NoReturn:
+    """Run the command line. A user's fault is told in plain lines on stderr, with exit code 2."""
+    try:
+        app()
+    except UserError as exc:
+        typer.echo(str(exc), err=True)
+    except OSError as exc:
+        if exc.errno not in _MENDABLE:
+            raise
+        typer.echo(f"{exc.filename or 'tunekit'}: {exc.strerror}", err=True)
+    else:
+        sys.exit(0)
+    sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import tunekit
+
+        typer.echo(tunekit.__version__)
+        raise typer.Exit
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder.", show_default="runs/NAME of the recipe"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is there already.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Teach what a recipe says. The adapter, samples, scores and a report stay in a folder."""
+    from tunekit.progress import OnScreen
+    from tunekit.run import train
+
+    run = train(recipe, overrides or (), out=out, overwrite=overwrite, reporter=OnScreen())
+    if as_json:
+        _print_json(run.as_dict())
+    else:
+        typer.echo("\n".join(run.lines()))
+
+
+@app.command()
+def validate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print the recipe with every default written out.")
+    ] = False,
+) -> None:
+    """Check a recipe. What it names on this disk is looked at, nothing is loaded."""
+    from tunekit.recipe import dump_yaml, load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    typer.echo(dump_yaml(loaded) if show else f"{recipe}: is valid", nl=not show)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes. It has every key's meaning, unit, range and default."""
+    from tunekit.recipe import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        list[str],
+        typer.Option(
+            help="What to draw; may be given several times. With --run, {trigger} and {class} "
+            "are filled in."
+        ),
+    ],
+    run: Annotated[Path | None, typer.Option(help="A finished run's folder.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="An exported adapter file; without it and --run, the base alone draws."),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="One of the run's checkpoints, such as step-000200."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="toybox, a folder or a Hub id.", show_default="the run's, else toybox"),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(help="What the pictures should not show."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The first picture's seed; the next count up.")] = 0,
+    count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Denoising steps, 1 to 1000.", show_default="the run's, else 25"),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance, 0 to 100; 1: none.", show_default="the run's, else 5"),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Sampler by name, such as ddim or euler.", show_default="the base's"),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    scale: Annotated[
+        float, typer.Option(help="Strength of the adapter; 1 as trained, 0 the base alone.")
+    ] = 1.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A new folder.", show_default="a new one under generated/"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a folder of pictures and a grid. A run, an adapter file, or the base alone draws."""
+    from tunekit.generate import Wish, generate
+    from tunekit.progress import OnScreen
+
+    drawn = generate(
+        Wish(
+            prompts=prompt,
+            run=run,
+            checkpoint=checkpoint,
+            adapters=[(adapter, 1.0)] if adapter else [],
+            base=base,
+            negative_prompt=negative,
+            seed=seed,
+            count=count,
+            steps=steps,
+            guidance_scale=guidance,
+            scheduler=scheduler,
+            width=width,
+            height=height,
+            scale=scale,
+            out=out,
+        ),
+        OnScreen(),
+    )
+    if as_json:
+        _print_json(drawn.as_dict())
+    else:
+        typer.echo(str(drawn.grid))
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors adapter file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Describe an adapter file. Says kind, ranks, norms, metadata, and what looks wrong in it."""
+    from tunekit.info import describe
+
+    described = describe(file)
+    if as_json:
+        _print_json(described.as_dict())
+    else:
+        typer.echo("\n".join(described.lines()))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Describe this machine and installation. Where something is missing, the exit code is 1."""
+    from tunekit.doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        typer.echo("\n".join(report.lines()))
+    raise typer.Exit(0 if report.ok else 1)
