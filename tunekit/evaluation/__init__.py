@@ -1,0 +1,1 @@
+"""Evidence: encoders, scores with floor and ceiling, and the report."""
