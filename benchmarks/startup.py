@@ -42,7 +42,7 @@ def seconds(command: list[str]) -> float:
 def measure(runs: int) -> dict[str, dict[str, float]]:
     """Time every command `runs` times, in turn, after one unmeasured round."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for name, command in COMMANDS.items():
+    for command in COMMANDS.values():
         seconds(command)  # compiles and brings files into the cache
     for _ in range(runs):
         for name, command in COMMANDS.items():

@@ -100,7 +100,7 @@ def generate(wish: Wish, reporter: Reporter | None = None) -> Generated:
             tick(drawn.prompt)
     sheet = folder / "grid.png"
     columns = wish.count if len(prompts) > 1 else COLUMNS
-    save_png(grid(images, columns, labels), sheet, {"prompts": prompts, "seeds": list(seeds)})
+    save_png(grid(images, columns, labels), sheet, {"prompts": [*prompts], "seeds": [*seeds]})
     return Generated(folder, tuple(paths), sheet)
 
 
