@@ -1,0 +1,171 @@
+"""The contract of a model family. No torch is imported until a model is loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from tunekit.errors import UserError, did_you_mean
+from tunekit.modelfolder import ModelFolder
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
+    from torch import Tensor, nn
+
+    from tunekit.diffusion import NoiseSchedule
+    from tunekit.schema import Base
+
+__all__ = ["Conditioning", "Family", "ModelFolder", "PromptCutWarning", "make_scheduler"]
+
+# What a prompt becomes for the denoiser: tensors [B, ...] under keys that the family defines.
+Conditioning: TypeAlias = "dict[str, Tensor]"
+
+# The names people type. Whatever diffusers calls compatible is accepted under its class name too.
+SCHEDULERS: Mapping[str, str] = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++_2m": "DPMSolverMultistepScheduler",
+    "dpm++_2s": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+class PromptCutWarning(UserWarning):
+    """A prompt is longer than the text encoder reads; the message names the words it never saw."""
+
+
+class Family(ABC):
+    """A kind of base model: facts declared as class attributes, and the few methods they leave.
+
+    An instance holds one base, frozen (`requires_grad` False, `eval()`), on one device. The
+    denoiser is always in memory; VAE and text encoders are loaded when first used and may be
+    released, after which the next use loads them again from the folder.
+    """
+
+    name: ClassVar[str]
+    """The registered name: the file's name, set by the class's definition."""
+    needs: ClassVar[str]
+    """What a folder must hold to be of this family, in words for an error message."""
+    latent_channels: ClassVar[int]
+    size_multiple: ClassVar[int]
+    """Pictures' edges are multiples of this many pixels."""
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Preset name -> patterns for module names of the denoiser (see adapters/base.py)."""
+    text_lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The same for text encoders."""
+
+    device: torch.device
+    dtype: torch.dtype
+    denoiser: nn.Module
+    schedule: NoiseSchedule
+    default_resolution: int
+    """Edge of the pictures the base was made for, in pixels."""
+    label: str
+    """What the user called the model."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    @abstractmethod
+    def recognise(
+        cls, model_index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    ) -> bool:
+        """Say whether a folder with this model_index.json and these component configs is ours."""
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, base: Base, device: torch.device | str = "cpu", folder: ModelFolder | None = None
+    ) -> Self:
+        """Load the base, frozen, in `base.dtype` whatever the files hold; only from safetensors."""
+
+    @property
+    @abstractmethod
+    def vae(self) -> nn.Module:
+        """The autoencoder, loaded if it is not in memory."""
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by their diffusers names, loaded if they are not in memory."""
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Return the latents the denoiser is trained on, without gradient.
+
+        pixels: [B, 3, H, W] in -1..1, H and W multiples of `size_multiple`. Returns [B, C, h, w]
+        float32: the mean of the posterior (so the same picture gives the same latents), scaled.
+        """
+
+    @abstractmethod
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the conditioning of `prompts`: [B, ...] tensors.
+
+        Differentiable in whatever trains in the text encoders. A prompt longer than the encoder
+        reads is cut as the family's pipeline cuts it, and a PromptCutWarning names the words.
+        """
+
+    @abstractmethod
+    def cut_words(self, prompt: str) -> str:
+        """Return the end of `prompt` that the text encoder never sees, or '' where all fits."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the denoiser's prediction: [B, C, h, w] and [B] int64 -> [B, C, h, w]."""
+
+    @abstractmethod
+    def pipeline(self, scheduler: str | None = None) -> Any:
+        """Return the diffusers pipeline around these same modules.
+
+        `scheduler`: a name of `SCHEDULERS` or a diffusers class name; None: the base's own. Every
+        call returns a scheduler of its own. Raises UserError on an unknown name.
+        """
+
+    @abstractmethod
+    def release(self, *components: str) -> None:
+        """Drop "vae" and text encoders by name from memory; the next use loads them again.
+
+        A component that trains cannot be released: what it learned would be lost.
+        """
+
+    @abstractmethod
+    def client_name(self, layout: str, component: str, module: str) -> str:
+        """Return what a client calls a module in an adapter file.
+
+        `component`: "denoiser" or a text encoder's name; `module`: its dotted name in here.
+        Raises UserError for a layout this family cannot be written in.
+        """
+
+    @abstractmethod
+    def facts(self) -> dict[str, str]:
+        """Return the metadata that says which base an adapter file belongs to."""
+
+    def component(self, name: str) -> nn.Module:
+        """Return "denoiser" or a text encoder by name."""
+        return self.denoiser if name == "denoiser" else self.text_encoders[name]
+
+
+def make_scheduler(default: Any, name: str | None) -> Any:
+    """Return a fresh scheduler with `default`'s configuration: of its class, or the one named."""
+    if name is None:
+        return type(default).from_config(default.config)
+    known = {kind.__name__: kind for kind in [type(default), *default.compatibles]}
+    kind = known.get(SCHEDULERS.get(name.lower(), name))
+    if kind is None:
+        words = [word for word, target in SCHEDULERS.items() if target in known]
+        raise UserError(
+            f'there is no scheduler "{name}" for this base{did_you_mean(name, [*words, *known])}; '
+            f"there is: {', '.join(words)}, or a diffusers class name"
+        )
+    return kind.from_config(default.config)

@@ -1,0 +1,298 @@
+"""Stable Diffusion 1.x and 2.x, and every model of that topology (the bundled toybox is one).
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". What the
+denoiser predicts (noise or velocity) is read from the scheduler's configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunekit.errors import UserError
+from tunekit.families.base import Conditioning, Family, PromptCutWarning, make_scheduler
+from tunekit.modelfolder import ModelFolder
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
+    from torch import Tensor, nn
+
+    from tunekit.diffusion import NoiseSchedule
+    from tunekit.schema import Base
+
+_ATTENTION = (r"attn[12]\.to_(q|k|v|out\.0)",)
+_MLP = (r"ff\.net\.(0\.proj|2)", r"attentions\.\d+\.proj_(in|out)")
+_CONVOLUTIONS = (
+    r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)",
+    r"(down|up)samplers\.0\.conv",
+)
+_TEXT_ATTENTION = (r"self_attn\.(q|k|v|out)_proj",)
+_TEXT_MLP = (r"mlp\.fc[12]",)
+# The key under which the hidden states travel, and the argument of the U-Net that takes them.
+_HIDDEN = "encoder_hidden_states"
+
+
+class StableDiffusion(Family):
+    """UNet2DConditionModel over AutoencoderKL latents, conditioned on one CLIP text encoder."""
+
+    needs = (
+        "for Stable Diffusion 1.x / 2.x: unet UNet2DConditionModel with 4 input channels, vae "
+        "AutoencoderKL, one text_encoder CLIPTextModel and its tokenizer"
+    )
+    latent_channels = 4
+    size_multiple = 8
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": _ATTENTION,
+        "attention+mlp": _ATTENTION + _MLP,
+        # Not conv_in, conv_out and the time embedding: other trainers' clients refuse those.
+        "full": _ATTENTION + _MLP + _CONVOLUTIONS,
+    }
+    text_lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": _TEXT_ATTENTION,
+        "attention+mlp": _TEXT_ATTENTION + _TEXT_MLP,
+        "full": _TEXT_ATTENTION + _TEXT_MLP,
+    }
+
+    def __init__(self, base: Base, device: torch.device, folder: ModelFolder) -> None:
+        import diffusers
+        import torch
+        from transformers import CLIPTokenizer
+
+        self.label = folder.label
+        self.device = device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            base.dtype
+        ]
+        self._folder = folder.path
+        self._variant = base.variant
+        self._loaded: dict[str, nn.Module] = {}
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder.path / "tokenizer")
+        scheduler = getattr(diffusers, folder.model_index["scheduler"][1])
+        self.scheduler = scheduler.from_pretrained(folder.path, subfolder="scheduler")
+        self.schedule = _noise_schedule(self.scheduler, folder.label)
+        self.denoiser: nn.Module = self._module("unet")
+        self._vae_factor = 2 ** (len(folder.configs["vae"]["block_out_channels"]) - 1)
+        size = folder.configs["unet"].get("sample_size") or 64
+        self.default_resolution = (size if isinstance(size, int) else max(size)) * self._vae_factor
+
+    @classmethod
+    def recognise(
+        cls, model_index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    ) -> bool:
+        classes = {
+            name: value[1]
+            for name, value in model_index.items()
+            if isinstance(value, list) and len(value) == 2
+        }
+        unet = configs.get("unet", {})
+        return (
+            classes.get("unet") == "UNet2DConditionModel"
+            and classes.get("vae") == "AutoencoderKL"
+            and classes.get("text_encoder") == "CLIPTextModel"
+            and classes.get("tokenizer") in ("CLIPTokenizer", "CLIPTokenizerFast")
+            and "text_encoder_2" not in classes
+            and "scheduler" in classes
+            # Inpainting bases take 9 channels, upscalers 7.
+            and unet.get("in_channels", 4) == cls.latent_channels
+            and unet.get("addition_embed_type") is None
+            and unet.get("class_embed_type") is None
+        )
+
+    @classmethod
+    def load(
+        cls, base: Base, device: torch.device | str = "cpu", folder: ModelFolder | None = None
+    ) -> Self:
+        import torch
+
+        folder = folder or ModelFolder.open(base)
+        weighted = ("unet", "vae", "text_encoder")
+        folder.bring([*weighted, "tokenizer", "scheduler"], weighted, base.variant)
+        return cls(base, torch.device(device), folder)
+
+    @property
+    def vae(self) -> nn.Module:
+        return self._module("vae")
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self._module("text_encoder")}
+
+    def _module(self, name: str) -> nn.Module:
+        if name not in self._loaded:
+            module = _load(self._folder, name, self.dtype, self._variant)
+            self._loaded[name] = module.to(self.device).requires_grad_(False).eval()
+        return self._loaded[name]
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        import torch
+
+        _, channels, height, width = pixels.shape
+        assert channels == 3, pixels.shape
+        assert height % self.size_multiple == width % self.size_multiple == 0, pixels.shape
+        assert -1.001 <= float(pixels.min()) <= float(pixels.max()) <= 1.001, "pixels leave -1..1"
+        vae: Any = self.vae
+        with torch.no_grad():
+            posterior = vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+            latents: Tensor = posterior.mode().float() * vae.config.scaling_factor
+        return latents
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        for prompt in dict.fromkeys(prompts):
+            if cut := self.cut_words(prompt):
+                warnings.warn(
+                    f"the text encoder reads {self.tokenizer.model_max_length} tokens and never "
+                    f'sees the end of this prompt: "{cut}" (of "{prompt}")',
+                    PromptCutWarning,
+                    stacklevel=2,
+                )
+        encoder: Any = self._module("text_encoder")
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        # Stable Diffusion was trained without the mask; a few bases ask for it.
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
+        return {_HIDDEN: encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]}
+
+    def cut_words(self, prompt: str) -> str:
+        # The last token read is the end mark, in the place of the first one cut.
+        tokens = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+        cut: str = self.tokenizer.decode(tokens[self.tokenizer.model_max_length - 1 : -1])
+        return cut
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        prediction: Tensor = self.denoiser(
+            noisy.to(self.device, self.dtype),
+            timesteps.to(self.device),
+            encoder_hidden_states=conditioning[_HIDDEN].to(self.device, self.dtype),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def pipeline(self, scheduler: str | None = None) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self._module("text_encoder"),
+            tokenizer=self.tokenizer,
+            unet=self.denoiser,
+            scheduler=make_scheduler(self.scheduler, scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def release(self, *components: str) -> None:
+        import torch
+
+        for name in components:
+            assert name in ("vae", "text_encoder"), name
+            module = self._loaded.get(name)
+            if module is None:
+                continue
+            assert not any(p.requires_grad for p in module.parameters()), f"{name} trains"
+            del self._loaded[name], module
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def client_name(self, layout: str, component: str, module: str) -> str:
+        if layout != "diffusers":
+            raise UserError(f'export.layouts: Stable Diffusion is not written as "{layout}" yet')
+        if component == "denoiser":
+            return f"unet.{module}"
+        assert component == "text_encoder", component
+        # transformers 5 dropped this level from CLIPTextModel; every client still looks for it.
+        return f"text_encoder.text_model.{module.removeprefix('text_model.')}"
+
+    def facts(self) -> dict[str, str]:
+        denoiser: Any = self.denoiser
+        width = denoiser.config.cross_attention_dim
+        velocity = self.schedule.prediction_type == "v_prediction"
+        if width == 768:
+            version, architecture = "sd_v1", "stable-diffusion-v1"
+        elif width == 1024:
+            version = "sd_v2_v" if velocity else "sd_v2"
+            architecture = f"stable-diffusion-v2-{'768-v' if velocity else '512'}"
+        else:
+            # The topology alone: a client that knows only the two above must not take it for one.
+            version = architecture = f"stable-diffusion-topology-{width}"
+        return {
+            "modelspec.architecture": architecture,
+            "modelspec.prediction_type": "v" if velocity else self.schedule.prediction_type,
+            "ss_base_model_version": version,
+            "ss_v2": str(width == 1024),
+        }
+
+
+def _noise_schedule(scheduler: Any, label: str) -> NoiseSchedule:
+    """Return the schedule the base was trained with, whatever sampler the folder names."""
+    from diffusers import DDPMScheduler
+
+    from tunekit.diffusion import PREDICTION_TYPES, NoiseSchedule
+
+    trained = DDPMScheduler.from_config(scheduler.config)
+    kind = trained.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        raise UserError(
+            f"{label}: scheduler/scheduler_config.json says prediction_type {kind}; "
+            f"tunekit trains {', '.join(PREDICTION_TYPES)}"
+        )
+    return NoiseSchedule(trained.alphas_cumprod.float(), kind)
+
+
+def _load(folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    """Return a component with every one of its weights read from the folder's safetensors."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors import SafetensorError
+    from transformers import CLIPTextModel
+
+    kinds: dict[str, Any] = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+    }
+    # The two libraries call it by two names.
+    precision = "dtype" if name == "text_encoder" else "torch_dtype"
+    where: dict[str, Any] = {"subfolder": name, "use_safetensors": True, "variant": variant}
+    where[precision] = dtype
+    try:
+        with _quiet():
+            module, report = kinds[name].from_pretrained(folder, output_loading_info=True, **where)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{folder / name}: cannot be loaded: {line[:300]}") from None
+    # The libraries fill a missing weight with random numbers and go on.
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{folder / name}: {len(missing)} weights are missing, such as {missing[0]}; "
+            "the folder is incomplete or was saved under names this version does not read"
+        )
+    loaded: nn.Module = module
+    return loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' loading bar, which would run through the run's own progress."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

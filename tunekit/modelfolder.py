@@ -1,0 +1,195 @@
+"""A base model as files: found, described and checked before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunekit.errors import UserError, did_you_mean
+from tunekit.schema import BUNDLED
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from tunekit.schema import Base
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_STEMS = "(diffusion_pytorch_model|model)"
+_DESCRIPTIONS = ["model_index.json", "*/config.json", "*/*_config.json"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A diffusers folder: where it is, what the user calls it, and what its descriptions say."""
+
+    path: Path
+    label: str
+    model_index: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    """Component name -> its config.json, where it has one."""
+    fetch: Callable[[list[str]], object] | None = None
+    """Brings files that match the patterns from the Hub; None for a folder of the user's own."""
+
+    @classmethod
+    def open(cls, base: Base) -> Self:
+        """Find `base.model`: the bundled toybox, a folder, or a Hub id. No weights are read.
+
+        Of a Hub id only the descriptions are fetched here, and never code: what is not asked for by
+        name stays there. Raises UserError with what to do.
+        """
+        if base.model == BUNDLED:
+            from tunekit.toybox import model_path
+
+            return cls.read(model_path(), label=BUNDLED)
+        path = Path(base.model).expanduser()
+        if path.is_dir():
+            folder = cls.read(path, label=base.model)
+            if not base.trust_remote_code:
+                folder.refuse_code()
+            return folder
+        if path.is_file():
+            raise UserError(
+                f"base.model: {base.model} is a single file; tunekit reads diffusers folders: "
+                "convert it with StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+            )
+        if not _HUB_ID.fullmatch(base.model):
+            near = did_you_mean(base.model, [BUNDLED])
+            raise UserError(
+                f"base.model: there is no folder {base.model}{near}; "
+                "a base is toybox, a diffusers folder, or a Hub id such as owner/name"
+            )
+        return cls._from_hub(base)
+
+    @classmethod
+    def read(
+        cls, path: Path, label: str = "", fetch: Callable[[list[str]], object] | None = None
+    ) -> Self:
+        """Read the descriptions in a folder; UserError where it is no diffusers folder."""
+        label = label or str(path)
+        index = path / "model_index.json"
+        if not index.is_file():
+            held = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else []
+            raise UserError(
+                f"{label}: is no diffusers model folder: it has no model_index.json"
+                + (f", only {', '.join(held)}" if held else "")
+            )
+        model_index = _read_json(index)
+        configs = {
+            name: _read_json(path / name / "config.json")
+            for name in model_index
+            if (path / name / "config.json").is_file()
+        }
+        return cls(path, label, model_index, configs, fetch)
+
+    @classmethod
+    def _from_hub(cls, base: Base) -> Self:
+        from huggingface_hub import errors, snapshot_download
+
+        def fetch(patterns: list[str]) -> Path:
+            try:
+                found = snapshot_download(
+                    base.model, revision=base.revision, allow_patterns=patterns
+                )
+            except errors.GatedRepoError:
+                raise UserError(
+                    f"base.model: {base.model} asks you to accept its licence: do so on "
+                    f"https://huggingface.co/{base.model}, then log in with `hf auth login`"
+                ) from None
+            except errors.RevisionNotFoundError:
+                raise UserError(
+                    f"base.revision: {base.model} has no revision {base.revision}"
+                ) from None
+            except errors.RepositoryNotFoundError:
+                raise UserError(
+                    f"base.model: there is no folder {base.model} here, and no such model on the "
+                    "Hugging Face Hub (or it is private: log in with `hf auth login`)"
+                ) from None
+            except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+                raise UserError(
+                    f"base.model: there is no folder {base.model} here, it is not in the local Hub "
+                    f"cache, and the Hugging Face Hub cannot be reached ({type(error).__name__}): "
+                    "check the network, or name a diffusers folder or `toybox`"
+                ) from None
+            return Path(found)
+
+        return cls.read(fetch(_DESCRIPTIONS), label=base.model, fetch=fetch)
+
+    def summary(self) -> str:
+        """Return what the folder holds, in words: the pipeline and the parts that tell families."""
+        parts = [
+            f"{name} {value[1]}{self._channels(name)}"
+            for name, value in self.model_index.items()
+            if isinstance(value, list) and len(value) == 2 and value[1] is not None
+            if not name.startswith(("tokenizer", "scheduler", "safety", "feature"))
+        ]
+        return f"{self.model_index.get('_class_name', 'no named pipeline')} ({', '.join(parts)})"
+
+    def _channels(self, name: str) -> str:
+        channels = self.configs.get(name, {}).get("in_channels")
+        return f" with {channels} input channels" if channels is not None and name != "vae" else ""
+
+    def refuse_code(self) -> None:
+        """Raise UserError where the folder carries Python files."""
+        code = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*.py"))
+        if code:
+            raise UserError(
+                f"{self.label}: carries code ({', '.join(code[:3])}), which a model does not need; "
+                "remove it, or set base.trust_remote_code: true if you trust whoever wrote it"
+            )
+
+    def bring(
+        self, components: Iterable[str], weighted: Iterable[str], variant: str | None
+    ) -> None:
+        """See that every component is complete on this disk, its weights as safetensors.
+
+        `weighted`: the components that have weights. Raises UserError where something is missing or
+        is there only as a pickle, which could run code when read.
+        """
+        kind = f".{variant}" if variant else ""
+        if self.fetch is not None:
+            shapes = [f"{kind}.safetensors", f"{kind}-*.safetensors", f"-*{kind}.safetensors"]
+            stems = _STEMS.strip("()").split("|")
+            weights = [f"{c}/{stem}{s}" for c in weighted for stem in stems for s in shapes]
+            texts = [f"{c}/{pattern}" for c in components for pattern in ("*.json", "*.txt")]
+            self.fetch([*texts, *weights])
+        for component in components:
+            if not (self.path / component).is_dir():
+                raise UserError(f"{self.label}: has no folder {component}; the model is incomplete")
+        for component in weighted:
+            self._check_weights(component, kind)
+
+    def _check_weights(self, component: str, kind: str) -> None:
+        files = sorted(p.name for p in (self.path / component).iterdir())
+        safe = [f for f in files if f.endswith(".safetensors")]
+        part = r"(-\d+-of-\d+)?"  # large models are saved in parts
+        name = re.compile(rf"{_STEMS}{part}{re.escape(kind)}{part}\.safetensors")
+        if any(name.fullmatch(f) for f in safe):
+            return
+        if safe:
+            raise UserError(
+                f"base.variant: {self.label} has no weights {component}/*{kind}.safetensors, only "
+                f"{', '.join(safe)}; name the variant it has"
+            )
+        pickles = [f for f in files if f.endswith(PICKLES)]
+        if pickles:
+            raise UserError(
+                f"{self.label}: {component}/{pickles[0]} is a pickle, which can run code when it "
+                "is read; tunekit reads only .safetensors: convert it with diffusers' "
+                "save_pretrained(..., safe_serialization=True) where you trust it"
+            )
+        raise UserError(f"{self.label}: {component} holds no weights (*.safetensors)")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__} where an object belongs")
+    return value

@@ -1,0 +1,269 @@
+"""The training loop: one for every family and every adapter, on accelerate.
+
+Every random number comes from (seed, purpose, step), so any step can be computed alone, and a batch
+split into micro-batches sees the same noise and timesteps as the batch in one piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tunekit import diffusion, seeding
+from tunekit.errors import UserError
+from tunekit.optim import build_optimizer, build_schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from tunekit.adapters.base import Adapter
+    from tunekit.data.dataset import Batch
+    from tunekit.families.base import Conditioning, Family
+    from tunekit.schema import Train
+
+Batches = Callable[[int, int], "Batch"]
+"""(step, micro) -> the pictures of that micro-batch; both count from 0."""
+Encode = Callable[[Sequence[str]], "Conditioning"]
+
+# fp16 gradients overflow now and then, and the scaler answers with a smaller scale. Below this
+# scale it is no longer the scale's fault.
+_LOWEST_SCALE = 1.0
+
+
+class TrainingError(UserError):
+    """Training cannot go on; the message names the step, what went wrong, and the pictures."""
+
+    def __init__(self, message: str, *, step: int, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.names = tuple(names)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known after an optimizer step."""
+
+    step: int
+    """Steps done, from 1."""
+    steps: int
+    """Steps in all."""
+    loss: float
+    """Weighted mean squared error over the step's pictures, before the step."""
+    lr: float
+    """The denoiser's learning rate in this step."""
+    grad_norm: float
+    """Norm of the whole gradient before it was clipped; infinite in a skipped fp16 step."""
+    images_per_second: float
+    memory_bytes: int
+    """The most memory so far: of the GPU, or of the process where there is none."""
+    seconds: float
+    """Wall time of this step."""
+    skipped: bool = False
+    """Whether an fp16 overflow kept this step from being taken (the loss scale was lowered)."""
+
+
+def train(
+    family: Family,
+    adapter: Adapter,
+    batches: Batches,
+    settings: Train,
+    *,
+    encode: Encode | None = None,
+    start: int = 0,
+) -> Iterator[StepRecord]:
+    """Train `adapter` in place and yield a record after each optimizer step.
+
+    `encode` turns captions into conditioning; it is needed, and used, where the adapter trains a
+    text encoder (`family.encode_prompt` fits). `start`: steps done before. Between two records the
+    adapter is in drawing mode, so that the caller may draw, save or stop.
+
+    Raises UserError at once where the settings do not suit the machine, and TrainingError where
+    loss or gradient is not finite: before the step, so that what was learned stays as it was.
+    """
+    return Loop(family, adapter, settings, encode=encode).run(batches, start)
+
+
+class Loop:
+    """The loop with its parts at hand: `optimizer` (torch's own) and the accelerator."""
+
+    def __init__(
+        self, family: Family, adapter: Adapter, settings: Train, *, encode: Encode | None = None
+    ) -> None:
+        assert adapter.trains_text_encoder == (encode is not None), (
+            "a conditioning function belongs to an adapter that trains a text encoder"
+        )
+        self.family, self.adapter, self.settings = family, adapter, settings
+        self.accelerator = _accelerator(family.device, settings.precision)
+        groups = adapter.parameter_groups()
+        self.parameters = [p for group in groups for p in group.parameters]
+        self.optimizer = build_optimizer(settings, groups)
+        self._stepper: Any = self.accelerator.prepare(self.optimizer)
+        self._set_rates = build_schedule(settings, self.optimizer)
+        self._encode = encode
+
+    def run(self, batches: Batches, start: int = 0) -> Iterator[StepRecord]:
+        """Yield a record for each step from `start` (0 is the first) on."""
+        for step in range(start, self.settings.steps):
+            began = time.perf_counter()
+            self.adapter.train()
+            try:
+                record = self._step(step, batches, began)
+            finally:
+                self.adapter.train(False)
+                self._stepper.zero_grad()
+            yield record
+
+    def _step(self, step: int, batches: Batches, began: float) -> StepRecord:
+        micros = [batches(step, m) for m in range(self.settings.gradient_accumulation)]
+        total = sum(len(batch.names) for batch in micros)
+        lr = self._set_rates(step)
+        timesteps = diffusion.sample_timesteps(
+            self.family.schedule, total, self._generator("timesteps", step)
+        )
+        loss, seen = 0.0, 0
+        for number, batch in enumerate(micros):
+            own = timesteps[seen : seen + len(batch.names)]
+            with self._reproducible(step, number):
+                losses = self._losses(batch, own, step, seen)
+                self._refuse_losses(losses, batch, own, step)
+                # The mean over the whole step, whatever the sizes of its parts.
+                part = losses.sum() / total
+                self.accelerator.backward(part)
+            loss += part.item()
+            seen += len(batch.names)
+        norm = self._clip()
+        skipped = not math.isfinite(norm)
+        if skipped:
+            self._refuse_gradient(norm, micros, timesteps, step)
+        self._stepper.step()
+        assert skipped == bool(self._stepper.step_was_skipped), "the scaler saw another gradient"
+        seconds = time.perf_counter() - began
+        return StepRecord(
+            step=step + 1,
+            steps=self.settings.steps,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            images_per_second=total / seconds,
+            memory_bytes=peak_memory(self.family.device),
+            seconds=seconds,
+            skipped=skipped,
+        )
+
+    def _losses(self, batch: Batch, timesteps: Tensor, step: int, first: int) -> Tensor:
+        """Return the weighted loss of each picture, [B]; `first` is the first one's place."""
+        family, settings = self.family, self.settings
+        latents = batch.latents.to(family.device, torch.float32)
+        # Drawn picture by picture and on the CPU: the same whatever the batch and the device.
+        noise = torch.stack(
+            [
+                diffusion.sample_noise(
+                    tuple(latents.shape[1:]),
+                    self._generator(f"noise/{first + i}", step),
+                    settings.noise_offset,
+                )
+                for i in range(len(latents))
+            ]
+        ).to(family.device)
+        timesteps = timesteps.to(family.device)
+        noisy = diffusion.add_noise(family.schedule, latents, noise, timesteps)
+        with self.accelerator.autocast():
+            conditioning = self._encode(batch.captions) if self._encode else batch.conditioning
+            prediction = family.predict(noisy, timesteps, conditioning)
+        wanted = diffusion.target(family.schedule, latents, noise, timesteps)
+        weights = diffusion.loss_weights(family.schedule, timesteps, settings.min_snr_gamma)
+        return weights * diffusion.sample_losses(prediction, wanted)
+
+    def _generator(self, purpose: str, step: int) -> torch.Generator:
+        return seeding.generator(self.settings.seed, purpose, step)
+
+    @contextlib.contextmanager
+    def _reproducible(self, step: int, micro: int) -> Iterator[None]:
+        """Give layers that draw from torch's global stream (dropout) numbers of this step alone."""
+        device = self.family.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seeding.derive(self.settings.seed, f"layers/{micro}", step))
+            yield
+
+    def _clip(self) -> float:
+        """Scale the gradient down where it is too long, and return the norm it had."""
+        limit = self.settings.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
+        assert norm is not None
+        return float(norm)
+
+    def _refuse_losses(self, losses: Tensor, batch: Batch, timesteps: Tensor, step: int) -> None:
+        bad = [i for i, value in enumerate(losses.detach().tolist()) if not math.isfinite(value)]
+        if not bad:
+            return
+        names = [batch.names[i] for i in bad]
+        pictures = _join(f"{batch.names[i]} (timestep {int(timesteps[i])})" for i in bad)
+        self._refuse(f"the loss is {losses[bad[0]].item()}", pictures, names, step)
+
+    def _refuse_gradient(
+        self, norm: float, micros: Sequence[Batch], timesteps: Tensor, step: int
+    ) -> None:
+        """Stop, unless this is fp16's scale growing too large, which the scaler corrects."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() > _LOWEST_SCALE:
+            return
+        names = [name for batch in micros for name in batch.names]
+        pictures = _join(
+            f"{name} (timestep {int(t)})" for name, t in zip(names, timesteps, strict=True)
+        )
+        self._refuse(f"the gradient's norm is {norm}", pictures, names, step)
+
+    def _refuse(self, what: str, pictures: str, names: Sequence[str], step: int) -> None:
+        settings = self.settings
+        advice = f"lower train.learning_rate (it is {settings.learning_rate:g})"
+        if settings.precision == "fp16":
+            advice += ", or set train.precision: bf16 or fp32"
+        raise TrainingError(
+            f"step {step + 1} of {settings.steps}: {what} with {pictures}; stopped before the step "
+            f"was taken, what was learned before is intact: {advice}",
+            step=step + 1,
+            names=names,
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes used so far: on the GPU, or by the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _accelerator(device: torch.device, precision: str) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError(
+            "train.precision: fp16 needs a GPU, this run is on the CPU: set bf16 or fp32"
+        )
+    wanted = "no" if precision == "fp32" else precision
+    if is_initialized():
+        # accelerate keeps one state for the process and refuses another precision. A second run in
+        # the same process is nothing unusual here.
+        state: Any = AcceleratorState()
+        if state.mixed_precision != wanted or state.device.type != device.type:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=wanted)
+    assert accelerator.device.type == device.type, (accelerator.device, device)
+    return accelerator
+
+
+def _join(words: Iterator[str] | Sequence[str], most: int = 8) -> str:
+    listed = list(words)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
