@@ -54,7 +54,7 @@ class Recipe(schema.Section):
     data: schema.Data = Field(description="Which images, which words?")
     adapter: SerializeAsAny[schema.AdapterSettings] = Field(
         description="What may change? `kind` chooses the adapter; the other keys are its own.",
-        json_schema_extra=schema.also("network", "lora"),
+        json_schema_extra=schema.also("network"),
     )
     train: schema.Train = Field(default_factory=schema.Train, description="How is it trained?")
     evaluate: schema.Evaluate = Field(
