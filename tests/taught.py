@@ -1,0 +1,37 @@
+"""A tiny base that was taught something, for tests of what comes after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit import adapters, families
+from tunekit.adapters import Adapter
+from tunekit.families import Family
+from tunekit.recipe import Recipe
+
+
+def recipe_for(base: Path, **sections: dict[str, Any]) -> Recipe:
+    """Return a recipe for the base folder; `sections` are laid over its own."""
+    tree: dict[str, dict[str, Any]] = {
+        "base": {"model": str(base)},
+        "data": {"source": str(base), "trigger": "zorp", "class": "robot"},
+        "adapter": {"kind": "lora", "rank": 4, "alpha": 6.0},
+        "evaluate": {"steps": 3},
+    }
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | values
+    return Recipe.model_validate({"name": "zorp", **tree})
+
+
+def teach(recipe: Recipe, strength: float = 0.05) -> tuple[Family, Adapter]:
+    """Return the base with an adapter whose every tensor holds random numbers, as if trained."""
+    family = families.load(recipe.base)
+    adapter = adapters.get(recipe.adapter.kind).attach(family, recipe.adapter, seed=1)
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in adapter.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=random) * strength)
+    return family, adapter

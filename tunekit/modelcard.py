@@ -1,0 +1,222 @@
+"""What an exported adapter says about itself: the file's metadata and the model card beside it.
+
+Neither holds a path of this machine or a secret: both travel with the file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+import tunekit
+from tunekit.data.captions import fill
+from tunekit.schema import BUNDLED
+
+if TYPE_CHECKING:
+    from tunekit.recipe import Recipe
+
+_MODELSPEC = "1.0.1"  # https://github.com/Stability-AI/ModelSpec
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_SECRET_QUERY = re.compile(
+    r"(?i)([?&][^=&\s]*(?:token|key|secret|signature|password)[^=&\s]*=)[^&\s]+"
+)
+_TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}")
+_SECRET_NAME = re.compile(r"(?i)token|secret|passw|api_?key|credential")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HIDDEN = "[removed]"
+
+
+def file_metadata(
+    recipe: Recipe,
+    facts: Mapping[str, str],
+    described: Mapping[str, str],
+    resolution: int,
+    count: int | None = None,
+) -> dict[str, str]:
+    """Return an adapter file's metadata: strings, as safetensors wants them.
+
+    facts: what the family says of the base. described: what the adapter says of its tensors.
+    resolution: edge of the training pictures in pixels. count: how many pictures taught it.
+    """
+    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    name, train = base_name(recipe), recipe.train
+    # The specification has one word for every kind that is added beside the weights.
+    architecture = f"{facts.get('modelspec.architecture', 'unknown')}/lora"
+    metadata = {
+        **facts,
+        **described,
+        "modelspec.sai_model_spec": _MODELSPEC,
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": recipe.name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.trigger_phrase": recipe.data.trigger,
+        "modelspec.date": now.isoformat(),
+        "ss_output_name": recipe.name,
+        "ss_sd_model_name": name,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_learning_rate": str(train.learning_rate),
+        "ss_max_train_steps": str(train.steps),
+        "ss_seed": str(train.seed),
+        "ss_training_comment": f"trained with tunekit {tunekit.__version__}",
+        "tunekit.version": tunekit.__version__,
+        "tunekit.base": name,
+        "tunekit.recipe": json.dumps(travelling(recipe), ensure_ascii=False, sort_keys=True),
+    }
+    if count is not None:
+        metadata["ss_num_train_images"] = str(count)
+    return {key: without_secrets(text) for key, text in sorted(metadata.items())}
+
+
+def travelling(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe as JSON values, fit to leave this machine.
+
+    Of a path only the last name is left; what looks like a secret is replaced.
+    """
+    tree: dict[str, Any] = recipe.model_dump(mode="json")
+    tree["base"]["model"] = base_name(recipe)
+    cleaned = _clean(tree)
+    assert isinstance(cleaned, dict)
+    return cleaned
+
+
+def base_name(recipe: Recipe) -> str:
+    """Return the base as others can name it: a Hub id as it is, a folder by its last name."""
+    return portable(recipe.base.model)
+
+
+def portable(model: str) -> str:
+    """Return a model's Hub id as it is, and only the last name of a path.
+
+    A relative path of two names reads like a Hub id; what stands on this disk is a path.
+    """
+    if _HUB_ID.fullmatch(model) and not Path(model).exists():
+        return model
+    return _last_name(model)
+
+
+def _last_name(path: str) -> str:
+    kind = PureWindowsPath if "\\" in path else PurePosixPath
+    return kind(path).name or path
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return _clean_text(value) if isinstance(value, str) else value
+
+
+def _clean_text(text: str) -> str:
+    """Cut a path down to its last name; leave prompts, names and Hub ids as they are."""
+    is_path = (
+        text.startswith(("/", "~", "./", "../", "\\\\"))
+        or re.match(r"[A-Za-z]:[\\/]", text) is not None
+        or ("/" in text and " " not in text and "://" not in text and Path(text).exists())
+    )
+    return without_secrets(_last_name(text) if is_path else text)
+
+
+def without_secrets(text: str) -> str:
+    """Replace access tokens, passwords in URLs, and the values of secret environment variables."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name):
+            text = text.replace(value, _HIDDEN)
+    text = _CREDENTIALS.sub(f"{_HIDDEN}@", text)
+    return _TOKEN.sub(_HIDDEN, _SECRET_QUERY.sub(rf"\1{_HIDDEN}", text))
+
+
+def model_card(
+    recipe: Recipe,
+    files: Sequence[tuple[str, str]],
+    resolution: int,
+    scores: Mapping[str, str] | None = None,
+) -> str:
+    """Return the card (Markdown with Hugging Face's front matter) for an export folder.
+
+    files: (file name, what it is) in order of recommendation. resolution: edge in pixels.
+    scores: what to print in the table of scores, by its name; None where nothing was measured.
+    """
+    assert files
+    base, data = base_name(recipe), recipe.data
+    prompt = fill(data.caption, data.trigger, data.class_noun)
+    front = [
+        "---",
+        *([f"base_model: {json.dumps(base)}"] if _HUB_ID.fullmatch(base) else []),
+        "library_name: diffusers",
+        f"instance_prompt: {json.dumps(prompt, ensure_ascii=False)}",
+        "tags: [text-to-image, diffusers, tunekit, template:sd-lora]",
+        "---",
+    ]
+    what = "style" if recipe.evaluate.kind == "style" else "subject"
+    body = [
+        f"# {recipe.name}",
+        f"Teaches `{base}` one {what}: `{data.trigger}`, a {data.class_noun}. "
+        f"Say `{data.trigger}` in a prompt to call it, as in `{prompt}`.",
+        "\n".join(["| file | what it is |", "|---|---|", *(f"| `{f}` | {w} |" for f, w in files)]),
+        "## Drawing with it",
+        _usage(recipe, files[0][0], prompt, resolution),
+        "## How it was made",
+        _settings(recipe, resolution),
+        "## How good it is",
+        _scores(scores),
+    ]
+    text = "\n".join(front) + "\n\n" + "\n\n".join(body) + "\n"
+    return without_secrets(text)
+
+
+def _usage(recipe: Recipe, file: str, prompt: str, resolution: int) -> str:
+    base, settings = base_name(recipe), recipe.evaluate
+    bundled = recipe.base.model == BUNDLED
+    where = json.dumps(base if _HUB_ID.fullmatch(base) else f"path/to/{base}")
+    if bundled:
+        where = "tunekit.toybox.model_path()"
+    imports = ["import torch", "from diffusers import DiffusionPipeline"]
+    imports += ["import tunekit.toybox"] if bundled else []
+    code = [
+        *imports,
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({where})",
+        f'pipe.load_lora_weights(".", weight_name={json.dumps(file)})',
+        "picture = pipe(",
+        f"    {json.dumps(prompt, ensure_ascii=False)},",
+        f"    num_inference_steps={settings.steps},",
+        f"    guidance_scale={settings.guidance_scale},",
+        f"    height={resolution},",
+        f"    width={resolution},",
+        "    generator=torch.Generator().manual_seed(1),",
+        ").images[0]",
+    ]
+    shell = f'tunekit generate --adapter {file} --prompt "{prompt}"'
+    return "\n".join(["```python", *code, "```", "", "or", "", "```sh", shell, "```"])
+
+
+def _settings(recipe: Recipe, resolution: int) -> str:
+    train = recipe.train
+    settings = recipe.adapter.model_dump(mode="json", exclude_defaults=True)
+    own = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "kind")
+    rows = [
+        ("method", f"{recipe.adapter.kind}{f' ({own})' if own else ''}"),
+        ("steps", f"{train.steps} of {train.batch_size * train.gradient_accumulation} pictures"),
+        ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
+        ("resolution", f"{resolution} pixels"),
+        ("precision", f"trained in {train.precision}, stored as {recipe.export.dtype}"),
+        ("seed", str(train.seed)),
+        ("made with", f"tunekit {tunekit.__version__}"),
+    ]
+    table = "\n".join(["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)])
+    return f"{table}\n\nThe whole recipe is in the file's metadata: `tunekit info --json FILE`."
+
+
+def _scores(scores: Mapping[str, str] | None) -> str:
+    if not scores:
+        return "Not measured. That the file loads and draws what was trained has been verified."
+    return "\n".join(
+        ["| score | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in scores.items())]
+    )

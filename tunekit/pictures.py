@@ -1,0 +1,167 @@
+"""Pictures as files: PNGs that carry the settings they were drawn with, and labelled grids."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from pydantic import JsonValue
+
+from tunekit.errors import UserError
+
+KEY = "tunekit"  # PNG text: every setting as JSON
+READABLE = "parameters"  # PNG text: the same for people, in the form that web UIs display
+
+MARGIN = 8
+SMALLEST_CELL = 160  # pixels; smaller pictures are enlarged so that their labels can be read
+LABEL_SIZE = 13
+LABEL_LINES = 3
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, JsonValue]) -> None:
+    """Write `image` to `path` with `settings` inside it, whole or not at all.
+
+    The PNG text `tunekit` holds the settings as JSON (see `read_settings`), `parameters` says
+    them to people. Raises OSError where the disk refuses.
+    """
+    info = PngInfo()
+    info.add_text(READABLE, readable(settings))
+    info.add_text(KEY, json.dumps(dict(settings), ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the picture from others
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_settings(path: Path) -> dict[str, JsonValue]:
+    """Return the settings that `save_png` wrote into the PNG at `path`.
+
+    Raises UserError where the file is missing, is no picture, or was not drawn by tunekit.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(KEY)
+    except FileNotFoundError as fault:
+        raise UserError(f"{path}: no such file") from fault
+    except (UnidentifiedImageError, OSError) as fault:
+        raise UserError(f"{path}: not a picture that can be read ({fault})") from fault
+    if not isinstance(text, str):
+        raise UserError(f"{path}: holds no settings of tunekit (was it re-saved by another tool?)")
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as fault:
+        raise UserError(f"{path}: its settings are not JSON ({fault})") from fault
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: its settings are not a JSON object")
+    return settings
+
+
+def readable(settings: Mapping[str, JsonValue]) -> str:
+    """Return `settings` as three lines: prompt, negative prompt, and the others as `Key: value`."""
+    lines = [str(settings.get("prompt", ""))]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    names = {
+        "steps": "Steps",
+        "scheduler": "Sampler",
+        "guidance_scale": "CFG scale",
+        "seed": "Seed",
+        "base": "Model",
+        "scale": "Adapter scale",
+        "version": "Version",
+    }
+    parts = [f"{names[key]}: {settings[key]}" for key in names if settings.get(key) is not None]
+    if settings.get("width") is not None and settings.get("height") is not None:
+        parts.insert(min(4, len(parts)), f"Size: {settings['width']}x{settings['height']}")
+    adapters = settings.get("adapters")
+    if isinstance(adapters, list):
+        parts += [
+            f"Adapter: {adapter.get('name')} {adapter.get('weight')}"
+            for adapter in adapters
+            if isinstance(adapter, dict)
+        ]
+    return "\n".join([*lines, ", ".join(parts)])
+
+
+def grid(
+    images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None
+) -> Image.Image:
+    """Return one picture with `images` in rows of `columns`, each with its label beneath.
+
+    Small pictures are enlarged by a whole factor, without smoothing, until a label fits. A label
+    takes up to three lines; a longer one ends in an ellipsis. `labels` is as long as `images`.
+    """
+    assert images
+    assert columns >= 1
+    assert labels is None or len(labels) == len(images)
+    columns = min(columns, len(images))
+    width = max(image.width for image in images)
+    height = max(image.height for image in images)
+    factor = max(1, math.ceil(SMALLEST_CELL / width))
+    cell_width, picture_height = width * factor, height * factor
+    font = ImageFont.load_default(LABEL_SIZE)
+    wrapped = [_wrap(label, font, cell_width) for label in labels] if labels else []
+    line_height = LABEL_SIZE + 4
+    label_height = max((len(lines) for lines in wrapped), default=0) * line_height
+    label_height += 4 if label_height else 0
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new(
+        "RGB",
+        (
+            MARGIN + columns * (cell_width + MARGIN),
+            MARGIN + rows * (picture_height + label_height + MARGIN),
+        ),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        left = MARGIN + column * (cell_width + MARGIN)
+        top = MARGIN + row * (picture_height + label_height + MARGIN)
+        size = (image.width * factor, image.height * factor)
+        enlarged = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (left, top))
+        for number, line in enumerate(wrapped[place] if wrapped else ()):
+            y = top + picture_height + 4 + number * line_height
+            draw.text((left, y), line, fill="black", font=font)
+    return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break `text` into at most LABEL_LINES lines of at most `width` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        candidate = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(candidate) <= width:
+            lines[-1] = candidate
+        else:
+            lines.append(word)
+    kept = lines[:LABEL_LINES]
+    if len(lines) > LABEL_LINES:
+        kept[-1] += "…"
+    return [_cut(line, font, width) for line in kept]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Shorten `line` until it is at most `width` pixels wide, ending it in an ellipsis."""
+    if font.getlength(line) <= width:
+        return line
+    bare = line.removesuffix("…")
+    while bare and font.getlength(f"{bare}…") > width:
+        bare = bare[:-1]
+    return f"{bare}…"
