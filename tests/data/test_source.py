@@ -295,6 +295,14 @@ def test_conversions_are_listed(check: Any, paint: Paint) -> None:
     assert "CMYK without a colour profile, converted by the plain formula: ink.jpg" in said
 
 
+def test_captions_longer_than_the_encoder_reads(check: Any, paint: Paint) -> None:
+    (paint("a.png").parent / "a.txt").write_text("a zorp robot waving at us")
+    paint("b.png", (9, 9, 9))
+    sheet = check().with_cut_captions(lambda caption: " ".join(caption.split()[3:]))
+    assert 'never reads the end of the caption: a.png ("waving at us")' in sheet.summary()[1]
+    assert check().with_cut_captions(lambda caption: "") == check()
+
+
 def test_pictures_in_both_folders(check: Any, paint: Paint, tmp_path: Path) -> None:
     paint("a.png", (1, 1, 1)), paint("b.png", (2, 2, 2))
     held = tmp_path / "held"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -72,6 +72,17 @@ class DataSheet:
         count = "1 picture" if len(self.examples) == 1 else f"{len(self.examples)} pictures"
         made = f", made {self.resolution}x{self.resolution}" if self.resolution else ""
         return [f"{self.folder}: {count} of {span}{made}", *(str(note) for note in self.notes)]
+
+    def with_cut_captions(self, cut_words: Callable[[str], str]) -> DataSheet:
+        """Return the sheet with a warning for captions longer than the text encoder reads.
+
+        cut_words: a caption -> the end of it that is never read, "" where all is read. Asked here
+        because conditioning found in the cache was cut long ago, and nobody would say so.
+        """
+        cut = [(example.name, cut_words(example.caption)) for example in self.examples]
+        names = tuple(f'{name} ("{words}")' for name, words in cut if words)
+        note = Note("warning", "the text encoder never reads the end of the caption", names)
+        return replace(self, notes=(note, *self.notes)) if names else self
 
 
 def preflight(data: Data, resolution: int | None = None, *, folder: str | None = None) -> DataSheet:
