@@ -45,8 +45,12 @@ def _zorp() -> list[tuple[world.Scene, str]]:
         tilt = round(float(rng.normal(0, 0.06)), 3)
         figure = world.Figure(ZORP, size, position, mirror, tilt)
         where = world.PLACE_WORDS[place][0]
-        told.append((world.Scene((figure,), place, style, number),
-                     f"a zorp robot {where}, {style}{' style' if style == 'flat' else ''}"))
+        told.append(
+            (
+                world.Scene((figure,), place, style, number),
+                f"a zorp robot {where}, {style}{' style' if style == 'flat' else ''}",
+            )
+        )
     return told
 
 
@@ -63,8 +67,9 @@ def _papercut() -> list[tuple[world.Scene, str]]:
         )  # fmt: skip
         scene = world.Scene((figure,), places[(number * 2) % 5], UNSEEN_STYLE, number)
         where = world.PLACE_WORDS[scene.place][0]
-        told.append((scene, f"a {colour} {subject} {where}, krafto style".replace(
-            "a orange", "an orange")))
+        told.append(
+            (scene, f"a {colour} {subject} {where}, krafto style".replace("a orange", "an orange"))
+        )
     return told
 
 

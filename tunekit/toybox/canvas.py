@@ -69,7 +69,9 @@ class Layer:
         scaled = [(x * SIDE, y * SIDE) for x, y in points]
         _, stroke, _ = self._ink(colour)
         self.draw.line(
-            scaled, fill=stroke or self._ink(colour)[0], width=max(3, round(width * SIDE)),
+            scaled,
+            fill=stroke or self._ink(colour)[0],
+            width=max(3, round(width * SIDE)),
             joint="curve",
         )
 

@@ -1,4 +1,4 @@
-"""Words of the toybox world and the colours behind them: the one list captions, renderer and judges share."""
+"""The words of the toybox world and their colours, shared by captions, renderer and judges."""
 
 from __future__ import annotations
 

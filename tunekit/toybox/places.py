@@ -31,8 +31,9 @@ def forest(layer: Layer, rng: Rng) -> None:
     _band(layer, -0.1, 0.75, (196, 228, 200))
     for x in np.linspace(0.05, 0.95, 5) + rng.uniform(-0.04, 0.04, 5):
         top = rng.uniform(0.02, 0.16)
-        layer.poly([(x - 0.02, 0.5), (x + 0.02, 0.5), (x + 0.02, 0.8), (x - 0.02, 0.8)],
-                   (104, 76, 52))
+        layer.poly(
+            [(x - 0.02, 0.5), (x + 0.02, 0.5), (x + 0.02, 0.8), (x - 0.02, 0.8)], (104, 76, 52)
+        )
         layer.poly([(x, top), (x + 0.13, 0.6), (x - 0.13, 0.6)], (42, 110, 70))
     _band(layer, 0.7, 1.1, (112, 168, 92))
 
@@ -42,8 +43,9 @@ def city(layer: Layer, rng: Rng) -> None:
     for x in np.linspace(-0.02, 0.82, 5):
         top = rng.uniform(0.06, 0.34)
         shade = int(rng.integers(112, 150))
-        layer.poly([(x, top), (x + 0.17, top), (x + 0.17, 0.8), (x, 0.8)],
-                   (shade, shade, shade + 12))
+        layer.poly(
+            [(x, top), (x + 0.17, top), (x + 0.17, 0.8), (x, 0.8)], (shade, shade, shade + 12)
+        )
         for wy in np.arange(top + 0.07, 0.7, 0.12):
             for wx in (x + 0.05, x + 0.12):
                 layer.dot((wx, wy), 0.017, (255, 240, 170))
@@ -86,8 +88,9 @@ def desert(layer: Layer, rng: Rng) -> None:
 def room(layer: Layer, rng: Rng) -> None:
     _band(layer, -0.1, 1.1, (240, 222, 204))
     x = rng.choice([0.22, 0.78])
-    layer.poly([(x - 0.15, 0.1), (x + 0.15, 0.1), (x + 0.15, 0.42), (x - 0.15, 0.42)],
-               (170, 220, 244))
+    layer.poly(
+        [(x - 0.15, 0.1), (x + 0.15, 0.1), (x + 0.15, 0.42), (x - 0.15, 0.42)], (170, 220, 244)
+    )
     layer.line([(x, 0.1), (x, 0.42)], WHITE, 0.02)
     layer.line([(x - 0.15, 0.26), (x + 0.15, 0.26)], WHITE, 0.02)
     _band(layer, 0.72, 1.1, (170, 112, 78))
@@ -97,15 +100,21 @@ def room(layer: Layer, rng: Rng) -> None:
 def underwater(layer: Layer, rng: Rng) -> None:
     for i in range(5):
         depth = i / 4
-        _band(layer, i * 0.22 - 0.1, 1.1,
-              (round(90 - 62 * depth), round(200 - 90 * depth), round(220 - 62 * depth)))
+        _band(
+            layer,
+            i * 0.22 - 0.1,
+            1.1,
+            (round(90 - 62 * depth), round(200 - 90 * depth), round(220 - 62 * depth)),
+        )
     for x in rng.uniform(0.02, 0.98, 5):
         height = rng.uniform(0.2, 0.4)
-        layer.line([(x, 1.0), (x + 0.04, 1 - height * 0.5), (x - 0.02, 1 - height)],
-                   (30, 150, 110), 0.035)
+        layer.line(
+            [(x, 1.0), (x + 0.04, 1 - height * 0.5), (x - 0.02, 1 - height)], (30, 150, 110), 0.035
+        )
     for _ in range(8):
-        layer.dot((rng.random(), rng.uniform(0.05, 0.9)), rng.uniform(0.012, 0.026),
-                  (214, 244, 250))
+        layer.dot(
+            (rng.random(), rng.uniform(0.05, 0.9)), rng.uniform(0.012, 0.026), (214, 244, 250)
+        )
 
 
 DRAW: dict[str, Callable[[Layer, Rng], None]] = {

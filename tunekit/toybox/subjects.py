@@ -6,114 +6,22 @@ The head's crown and neck (where a hat or a scarf sits) stand in `ANCHORS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-from tunekit.toybox.canvas import SIDE, Layer, Point
-from tunekit.toybox.palette import INK, RGB, WHITE, mix
-
-
-@dataclass
-class Brush:
-    """Paints one individual: a layer, a place on it, and the individual's own colours and marks."""
-
-    layer: Layer
-    x: float
-    y: float
-    scale: float
-    wide: float
-    mirror: bool
-    tilt: float
-    main: RGB
-    accent: RGB
-    pattern: str
-    eye: float
-
-    def at(self, x: float, y: float) -> Point:
-        """Picture coordinates of a point of the subject."""
-        if self.mirror:
-            x = -x
-        x *= self.wide
-        c, s = np.cos(self.tilt), np.sin(self.tilt)
-        return (
-            float(self.x + self.scale * (x * c - y * s)),
-            float(self.y + self.scale * (x * s + y * c)),
-        )
-
-    @property
-    def dark(self) -> RGB:
-        """The main colour in shade (a lighter one for black, so that parts stay apart)."""
-        return mix(self.main, WHITE, 0.28) if sum(self.main) < 130 else mix(self.main, INK, 0.3)
-
-    @property
-    def light(self) -> RGB:
-        """The main colour in light."""
-        return mix(self.main, WHITE, 0.45)
-
-    def poly(self, points: Sequence[Point], colour: RGB, body: bool = False) -> None:
-        self.layer.poly([self.at(x, y) for x, y in points], colour, body)
-
-    def oval(
-        self, x: float, y: float, rx: float, ry: float, colour: RGB, body: bool = False
-    ) -> None:
-        around = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-        self.poly([(x + rx * np.cos(a), y + ry * np.sin(a)) for a in around], colour, body)
-
-    def line(self, points: Sequence[Point], colour: RGB, width: float) -> None:
-        self.layer.line([self.at(x, y) for x, y in points], colour, width * self.scale)
-
-    def eyes(self, x: float, y: float, apart: float, size: float = 0.11) -> None:
-        """Two eyes around x, `apart` from each other."""
-        for side in (-apart, apart):
-            self.one_eye(x + side, y, size)
-
-    def one_eye(self, x: float, y: float, size: float = 0.13) -> None:
-        self.layer.dot(self.at(x, y), size * self.eye * self.scale * 1.35, WHITE)
-        self.layer.dot(self.at(x, y), size * self.eye * self.scale * 0.8, INK)
-
-    def cover(self) -> None:
-        """Lay the individual's pattern over the body painted so far."""
-        if self.pattern == "plain":
-            return
-        sheet = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0))
-        draw = ImageDraw.Draw(sheet)
-        paint = (*self.accent, 255)
-        unit = self.scale * SIDE
-        if self.pattern == "spots":
-            spots = [(-0.5, -0.35), (0.05, -0.55), (0.5, -0.2), (-0.2, 0.1), (0.35, 0.4),
-                     (-0.55, 0.5), (0.0, 0.75), (0.7, 0.7), (-0.75, 0.0), (0.6, -0.7)]
-            for x, y in spots:
-                px, py = self.at(x, y)
-                r = 0.13 * unit
-                draw.ellipse((px * SIDE - r, py * SIDE - r, px * SIDE + r, py * SIDE + r), paint)
-        elif self.pattern == "patch":
-            px, py = self.at(0, 0.45)
-            rx, ry = 0.4 * unit, 0.45 * unit
-            draw.ellipse((px * SIDE - rx, py * SIDE - ry, px * SIDE + rx, py * SIDE + ry), paint)
-        elif self.pattern == "stripes":
-            for y in np.arange(-1.0, 1.2, 0.44):
-                band = [(-1.4, y), (1.4, y), (1.4, y + 0.2), (-1.4, y + 0.2)]
-                draw.polygon([(p[0] * SIDE, p[1] * SIDE) for p in (self.at(*q) for q in band)],
-                             paint)
-        elif self.pattern == "zigzag":
-            xs = np.linspace(-1.4, 1.4, 11)
-            ys = [0.12 if i % 2 else 0.5 for i in range(11)]
-            band = [*zip(xs, ys, strict=True), *zip(xs[::-1], [y + 0.3 for y in ys[::-1]],
-                                                    strict=True)]
-            draw.polygon([(p[0] * SIDE, p[1] * SIDE) for p in (self.at(*q) for q in band)], paint)
-        else:
-            raise ValueError(f"no pattern named {self.pattern!r}")
-        self.layer.cover(sheet)
+from tunekit.toybox.brush import Brush
+from tunekit.toybox.palette import INK, RGB, WHITE
 
 
 def star(b: Brush) -> None:
     around = [-np.pi / 2 + i * np.pi / 5 for i in range(10)]
     radius = [1.0 if i % 2 == 0 else 0.45 for i in range(10)]
-    b.poly([(r * np.cos(a), r * np.sin(a) + 0.05) for a, r in zip(around, radius, strict=True)],
-           b.main, True)
+    b.poly(
+        [(r * np.cos(a), r * np.sin(a) + 0.05) for a, r in zip(around, radius, strict=True)],
+        b.main,
+        True,
+    )
     b.cover()
 
 
@@ -135,8 +43,20 @@ def house(b: Brush) -> None:
 
 
 def car(b: Brush) -> None:
-    b.poly([(-1, 0.05), (-0.6, 0.0), (-0.35, -0.5), (0.4, -0.5), (0.65, 0.0), (1, 0.1), (1, 0.6),
-            (-1, 0.6)], b.main, True)
+    b.poly(
+        [
+            (-1, 0.05),
+            (-0.6, 0.0),
+            (-0.35, -0.5),
+            (0.4, -0.5),
+            (0.65, 0.0),
+            (1, 0.1),
+            (1, 0.6),
+            (-1, 0.6),
+        ],
+        b.main,
+        True,
+    )
     b.cover()
     b.poly([(-0.43, -0.05), (-0.25, -0.38), (-0.02, -0.38), (-0.02, -0.05)], WHITE)
     b.poly([(0.08, -0.05), (0.08, -0.38), (0.3, -0.38), (0.45, -0.05)], WHITE)
@@ -157,8 +77,19 @@ def rocket(b: Brush) -> None:
     b.poly([(-0.3, 0.6), (0, 1.05), (0.3, 0.6)], (250, 160, 40))
     b.poly([(-0.35, 0.1), (-0.8, 0.75), (-0.35, 0.6)], b.dark)
     b.poly([(0.35, 0.1), (0.8, 0.75), (0.35, 0.6)], b.dark)
-    b.poly([(0, -1.05), (0.28, -0.65), (0.4, -0.1), (0.36, 0.65), (-0.36, 0.65), (-0.4, -0.1),
-            (-0.28, -0.65)], b.main, True)
+    b.poly(
+        [
+            (0, -1.05),
+            (0.28, -0.65),
+            (0.4, -0.1),
+            (0.36, 0.65),
+            (-0.36, 0.65),
+            (-0.4, -0.1),
+            (-0.28, -0.65),
+        ],
+        b.main,
+        True,
+    )
     b.cover()
     b.oval(0, -0.2, 0.19, 0.19, WHITE)
 
@@ -275,8 +206,15 @@ def robot(b: Brush) -> None:
 def ghost(b: Brush) -> None:
     t = np.linspace(np.pi, 2 * np.pi, 24)
     top = [(0.75 * np.cos(a), -0.2 + 0.8 * np.sin(a)) for a in t]
-    hem = [(0.75, 1.0), (0.5, 0.72), (0.25, 1.0), (0, 0.72), (-0.25, 1.0), (-0.5, 0.72),
-           (-0.75, 1.0)]
+    hem = [
+        (0.75, 1.0),
+        (0.5, 0.72),
+        (0.25, 1.0),
+        (0, 0.72),
+        (-0.25, 1.0),
+        (-0.5, 0.72),
+        (-0.75, 1.0),
+    ]
     b.poly([*top, *hem], b.main, True)
     b.cover()
     b.eyes(0, -0.3, 0.27, 0.14)
@@ -342,18 +280,36 @@ ANCHORS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]
 
 def hat(b: Brush, where: tuple[float, float, float], colour: RGB) -> None:
     x, y, half = where
-    b.poly([(x - half, y + 0.06), (x + half, y + 0.06), (x + half, y - 0.08), (x - half, y - 0.08)],
-           colour)
-    b.poly([(x - half * 0.62, y - 0.06), (x + half * 0.62, y - 0.06), (x + half * 0.55, y - 0.5),
-            (x - half * 0.55, y - 0.5)], colour)
+    b.poly(
+        [(x - half, y + 0.06), (x + half, y + 0.06), (x + half, y - 0.08), (x - half, y - 0.08)],
+        colour,
+    )
+    b.poly(
+        [
+            (x - half * 0.62, y - 0.06),
+            (x + half * 0.62, y - 0.06),
+            (x + half * 0.55, y - 0.5),
+            (x - half * 0.55, y - 0.5),
+        ],
+        colour,
+    )
 
 
 def scarf(b: Brush, where: tuple[float, float, float], colour: RGB) -> None:
     x, y, half = where
-    b.poly([(x - half, y - 0.1), (x + half, y - 0.1), (x + half, y + 0.12), (x - half, y + 0.12)],
-           colour)
-    b.poly([(x + half * 0.3, y), (x + half * 0.75, y), (x + half * 0.75, y + 0.5),
-            (x + half * 0.3, y + 0.5)], colour)
+    b.poly(
+        [(x - half, y - 0.1), (x + half, y - 0.1), (x + half, y + 0.12), (x - half, y + 0.12)],
+        colour,
+    )
+    b.poly(
+        [
+            (x + half * 0.3, y),
+            (x + half * 0.75, y),
+            (x + half * 0.75, y + 0.5),
+            (x + half * 0.3, y + 0.5),
+        ],
+        colour,
+    )
 
 
 WEAR: dict[str, Callable[[Brush, tuple[float, float, float], RGB], None]] = {

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from tunekit.toybox import places, subjects
+from tunekit.toybox.brush import Brush
 from tunekit.toybox.canvas import SIDE, Layer, compose
 from tunekit.toybox.palette import (
     ACCESSORIES,
@@ -162,8 +163,7 @@ def sample_training_scene(rng: Rng, words: Vocabulary = FULL, pairs: float = 0.0
     while True:
         scene = sample_scene(rng, words, pairs)
         if not any(
-            held_out((f.who.subject, f.who.colour, scene.place, scene.style))
-            for f in scene.figures
+            held_out((f.who.subject, f.who.colour, scene.place, scene.style)) for f in scene.figures
         ):
             return scene
 
@@ -176,7 +176,7 @@ def _paint(figure: Figure, style: str) -> Layer:
     layer = Layer(style, is_figure=True)
     main, accent = figure.who.colours()
     scale = _SCALE[figure.size]
-    brush = subjects.Brush(
+    brush = Brush(
         layer,
         min(max(_X[figure.position], scale + 0.02), 0.98 - scale) + figure.jitter[0],
         # everything stands on the same ground, whatever its size
@@ -202,12 +202,14 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     """Draw a scene as an RGB picture of `size` x `size` pixels (drawn large, then reduced)."""
     background = Layer(scene.style, is_figure=False)
     places.DRAW[scene.place](background, np.random.default_rng(scene.seed))
-    picture = compose(scene.style, background, [_paint(f, scene.style) for f in scene.figures],
-                      scene.seed)
+    picture = compose(
+        scene.style, background, [_paint(f, scene.style) for f in scene.figures], scene.seed
+    )
     if size == SIDE:
         return picture
-    return picture.resize((size, size), Image.Resampling.BOX if SIDE % size == 0
-                          else Image.Resampling.LANCZOS)
+    return picture.resize(
+        (size, size), Image.Resampling.BOX if SIDE % size == 0 else Image.Resampling.LANCZOS
+    )
 
 
 PLACE_WORDS: Mapping[str, Sequence[str]] = {

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 STAGES = ("pictures", "clip", "vae", "judge", "subject", "unet", "assemble", "assess")
-COUNTS = {"full": (40_000, 11), "core": (80_000, 12), "same": (24_000, 13)}
+COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13)}
 STEPS = {"clip": 550, "vae": 6_000, "judge": 1_500, "subject": 1_500, "unet": 6_000}
 
 
@@ -88,10 +88,10 @@ def _unet_processes(work: Path, steps: int, processes: int) -> None:
     if processes == 1:
         _unet(0, work, steps, 1)
         return
-    import torch.multiprocessing as multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
     (work / "rendezvous").unlink(missing_ok=True)
-    multiprocessing.spawn(_unet, (work, steps, processes), processes)  # type: ignore[no-untyped-call]
+    spawn(_unet, (work, steps, processes), processes)  # type: ignore[no-untyped-call]
 
 
 def _finish(name: str, work: Path, options: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ def load_judge(work: Path) -> Judge:
 @torch.no_grad()
 def verdicts(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[world.Scene]
              ) -> dict[str, list[bool]]:  # fmt: skip
-    """For each attribute, whether the judge names what the caption asked for, picture by picture."""
+    """By attribute, picture by picture: does the judge name what the caption asked for?"""
     pixels = to_tensor(np.stack([np.asarray(i.convert("RGB")) for i in images]))
     out = judge(pixels)
     asked = [dict(zip(HEADS, s.attributes(), strict=True)) for s in scenes]

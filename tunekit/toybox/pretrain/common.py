@@ -51,7 +51,7 @@ class Frugal:
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * share
-            optimizer.step()
+            optimizer.step()  # type: ignore[no-untyped-call]
         for parameter in [*self.matrices, *self.others]:
             parameter.grad = None
         return float(norm)
@@ -193,7 +193,7 @@ class Stage:
         if not self.ema:
             return self.modules[module].state_dict()
         head = f"{module}."
-        return {k[len(head):]: v for k, v in self.average.items() if k.startswith(head)}
+        return {k[len(head) :]: v for k, v in self.average.items() if k.startswith(head)}
 
 
 def batches(size: int, batch: int, step: int, seed: int) -> Iterator[int]:

@@ -65,7 +65,8 @@ KINDS: dict[str, Callable[[world.Rng, int], list[tuple[world.Scene, int]]]] = {
 def _chunk(job: tuple[str, int, int]) -> tuple[np.ndarray, list[dict[str, Any]]]:
     kind, number, seed = job
     rng = np.random.default_rng([seed, number])
-    pixels, facts = [], []
+    pixels: list[np.ndarray] = []
+    facts: list[dict[str, Any]] = []
     while len(facts) < CHUNK:
         for scene, individual in KINDS[kind](rng, number * CHUNK + len(facts)):
             pixels.append(np.asarray(world.render(scene, PIXELS)))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from tunekit.toybox.pretrain.clip import to_tensor
 from tunekit.toybox.pretrain.common import Frugal, Stage, batches, device
