@@ -58,6 +58,7 @@ def test_captions_from_metadata(check: Any, paint: Paint, metadata: Metadata) ->
         ("a.png", "a zorp robot", "metadata.jsonl:3"),
         ("sub/ü b.png", "a zorp robot at night", "metadata.jsonl:1"),
     ]
+    assert sheet.caption_sources() == {"metadata.jsonl": 2}
     assert "left aside: README.md" in notes(sheet)
     assert "not used: seed" in notes(sheet)
     assert not [note for note in sheet.notes if note.severity == "warning"]
@@ -74,6 +75,7 @@ def test_captions_from_sidecars_and_the_template_for_the_rest(check: Any, paint:
         ("a robot", "b.v2.txt"),
         ("robot zorp", "template"),
     ]
+    assert sheet.caption_sources() == {".txt files": 2, "the template": 1}
     said = notes(sheet)
     assert "several lines joined to one caption: a.txt" in said
     assert 'does not say "zorp", so it does not teach the trigger: b.v2.JPG' in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tunekit.data.captions import fill
 from tunekit.data.images import PictureError, decode, pixel_hash, plan_fit
-from tunekit.data.source import DataError, Folder, Record, read_folder, stream
+from tunekit.data.source import METADATA, DataError, Folder, Record, read_folder, stream
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class DataSheet:
         made = f", made {self.resolution}x{self.resolution}" if self.resolution else ""
         return [f"{self.folder}: {count} of {span}{made}", *(str(note) for note in self.notes)]
 
+    def caption_sources(self) -> dict[str, int]:
+        """Return how many captions are from "metadata.jsonl", ".txt files" and "the template"."""
+        return dict(Counter(_source(example) for example in self.examples))
+
     def with_cut_captions(self, cut_words: Callable[[str], str]) -> DataSheet:
         """Return the sheet with a warning for captions longer than the text encoder reads.
 
@@ -123,6 +128,12 @@ def shared_pictures(one: DataSheet, other: DataSheet) -> list[tuple[str, str]]:
     return [(names[e.pixels], e.name) for e in other.examples if e.pixels in names]
 
 
+def _source(example: Example) -> str:
+    if example.origin == "template":
+        return "the template"
+    return METADATA if example.origin.startswith(f"{METADATA}:") else ".txt files"
+
+
 def _example(
     record: Record, data: Data, template: str, size: int | None, remarks: dict[str, list[str]]
 ) -> Example:
@@ -154,10 +165,9 @@ def _caption_notes(found: Folder, examples: Sequence[Example], data: Data) -> li
     elif from_template:
         text = f'no caption file, so the template "{data.caption}" captions them'
         notes.append(Note("warning", text, tuple(from_template)))
-    own = len(examples) - len(from_template)
-    if own:
-        origin = "metadata.jsonl" if found.has_metadata else ".txt files"
-        notes.append(Note("note", f"captions: {own} from {origin}", ()))
+    for source, count in Counter(map(_source, examples)).items():
+        if source != "the template":
+            notes.append(Note("note", f"captions: {count} from {source}", ()))
     if found.joined:
         notes.append(Note("note", "several lines joined to one caption", tuple(found.joined)))
     without = [e.name for e in examples if data.trigger.lower() not in e.caption.lower()]
