@@ -280,7 +280,9 @@ def test_metadata_in_another_encoding(check: Any, paint: Paint, content: bytes, 
 # What the sheet says
 
 
-def test_enlarged_and_cut_pictures_are_listed(check: Any, paint: Paint) -> None:
+def test_enlarged_and_cut_pictures_are_listed(
+    check: Any, paint: Paint, data: Any, tmp_path: Path
+) -> None:
     paint("small.png", (1, 1, 1), (50, 60)), paint("large.png", (2, 2, 2), (300, 100))
     sheet = check(resolution=64)
     said = notes(sheet)
@@ -288,6 +290,11 @@ def test_enlarged_and_cut_pictures_are_listed(check: Any, paint: Paint) -> None:
     assert "enlarged, which teaches blur: small.png (50x60, 1.28x)" in said
     assert "cut off: large.png (300x100, 67%), small.png (50x60, 17%)" in said
     assert sheet.notes[0].severity == "warning"
+    later = preflight(data(tmp_path / "pictures"))
+    assert "teaches blur" not in notes(later)
+    assert later.at(64) == sheet == sheet.at(64)
+    with pytest.raises(DataError, match=r"small\.png: 50x60 would be enlarged more than 8 times"):
+        later.at(512)
 
 
 def test_conversions_are_listed(check: Any, paint: Paint) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tunekit.data.captions import fill
-from tunekit.data.images import PictureError, decode, pixel_hash, plan_fit
+from tunekit.data.images import decode, pixel_hash, plan_fit
 from tunekit.data.source import METADATA, DataError, Folder, Record, read_folder, stream
 from tunekit.errors import UserError
 
@@ -74,6 +74,20 @@ class DataSheet:
         made = f", made {self.resolution}x{self.resolution}" if self.resolution else ""
         return [f"{self.folder}: {count} of {span}{made}", *(str(note) for note in self.notes)]
 
+    def at(self, resolution: int) -> DataSheet:
+        """Return a sheet that was made without a resolution for one; nothing is decoded again.
+
+        resolution: edge in pixels the pictures will have. Raises DataError for pictures that are
+        far too small for it.
+        """
+        if self.resolution == resolution:
+            return self
+        assert self.resolution is None
+        if faults := _too_small(self.examples, resolution):
+            raise DataError(self.folder, faults)
+        notes = [*self.notes, *_size_notes(self.examples, resolution)]
+        return replace(self, resolution=resolution, notes=_sorted(notes))
+
     def caption_sources(self) -> dict[str, int]:
         """Return how many captions are from "metadata.jsonl", ".txt files" and "the template"."""
         return dict(Counter(_source(example) for example in self.examples))
@@ -106,15 +120,16 @@ def preflight(data: Data, resolution: int | None = None, *, folder: str | None =
     examples = []
     for record in stream(found.records()):
         try:
-            examples.append(_example(record, data, template, size, remarks))
+            examples.append(_example(record, data, template, remarks))
         except UserError as error:
             faults.append(f"{record['name']}: {error}")
+    faults += _too_small(examples, size) if size else []
     if faults:
         raise DataError(found.root, faults)
     notes = [Note("note", text, tuple(names)) for text, names in remarks.items()]
-    notes += _caption_notes(found, examples, data) + _picture_notes(examples, size)
-    notes.sort(key=lambda note: note.severity != "warning")
-    return DataSheet(found.root, size, tuple(examples), tuple(notes))
+    notes += _caption_notes(found, examples, data) + _twins(examples)
+    sheet = DataSheet(found.root, None, tuple(examples), _sorted(notes))
+    return sheet.at(size) if size else sheet
 
 
 def load_examples(data: Data) -> list[Example]:
@@ -134,19 +149,12 @@ def _source(example: Example) -> str:
     return METADATA if example.origin.startswith(f"{METADATA}:") else ".txt files"
 
 
-def _example(
-    record: Record, data: Data, template: str, size: int | None, remarks: dict[str, list[str]]
-) -> Example:
+def _example(record: Record, data: Data, template: str, remarks: dict[str, list[str]]) -> Example:
     path, name, text = Path(record["image"]["path"]), record["name"], record["text"]
     picture = decode(path)
     for remark in picture.notes:
         remarks.setdefault(remark, []).append(name)
     width, height = picture.image.size
-    if size and min(width, height) * MOST_ENLARGED < size:
-        raise PictureError(
-            f"{width}x{height} would be enlarged more than {MOST_ENLARGED} times for a resolution "
-            f"of {size}; take a larger picture or lower data.resolution"
-        )
     try:
         caption = template if text is None else fill(text, data.trigger, data.class_noun)
     except UserError as error:
@@ -182,27 +190,45 @@ def _caption_notes(found: Folder, examples: Sequence[Example], data: Data) -> li
     return notes
 
 
-def _picture_notes(examples: Sequence[Example], size: int | None) -> list[Note]:
-    notes = []
+def _twins(examples: Sequence[Example]) -> list[Note]:
     by_pixels: dict[str, list[str]] = {}
     for example in examples:
         by_pixels.setdefault(example.pixels, []).append(example.name)
-    for names in by_pixels.values():
-        if len(names) > 1:
-            text = f"the same picture {len(names)} times, seen that much oftener"
-            notes.append(Note("warning", text, tuple(names)))
-    if size is None:
-        return notes
-    small = [(e, plan_fit(e.width, e.height, size).scale) for e in examples]
-    enlarged = [f"{e.name} ({e.width}x{e.height}, {s:.2f}x)" for e, s in small if s > 1]
-    if enlarged:
-        text = f"smaller than {size} pixels and enlarged, which teaches blur"
-        notes.append(Note("warning", text, tuple(enlarged)))
-    cut = []
+    return [
+        Note(
+            "warning", f"the same picture {len(names)} times, seen that much oftener", tuple(names)
+        )
+        for names in by_pixels.values()
+        if len(names) > 1
+    ]
+
+
+def _too_small(examples: Sequence[Example], resolution: int) -> list[str]:
+    return [
+        f"{e.name}: {e.width}x{e.height} would be enlarged more than {MOST_ENLARGED} times for a "
+        f"resolution of {resolution}; take a larger picture or lower data.resolution"
+        for e in examples
+        if min(e.width, e.height) * MOST_ENLARGED < resolution
+    ]
+
+
+def _size_notes(examples: Sequence[Example], resolution: int) -> list[Note]:
+    enlarged, cut = [], []
     for e in examples:
-        share = 1 - min(e.width, e.height) / max(e.width, e.height)
-        if share:
-            cut.append(f"{e.name} ({e.width}x{e.height}, {share:.0%})")
+        scale = plan_fit(e.width, e.height, resolution).scale
+        lost = 1 - min(e.width, e.height) / max(e.width, e.height)
+        if scale > 1:
+            enlarged.append(f"{e.name} ({e.width}x{e.height}, {scale:.2f}x)")
+        if lost:
+            cut.append(f"{e.name} ({e.width}x{e.height}, {lost:.0%})")
+    notes = []
+    if enlarged:
+        text = f"smaller than {resolution} pixels and enlarged, which teaches blur"
+        notes.append(Note("warning", text, tuple(enlarged)))
     if cut:
         notes.append(Note("note", "not square, so this much is cut off", tuple(cut)))
     return notes
+
+
+def _sorted(notes: Iterable[Note]) -> tuple[Note, ...]:
+    return tuple(sorted(notes, key=lambda note: note.severity != "warning"))
