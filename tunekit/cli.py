@@ -122,31 +122,35 @@ def schema() -> None:
 @app.command()
 def generate(
     prompt: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            help="What to draw; may be given several times. With --run, {trigger} and {class} "
-            "are filled in."
+            help="What to draw; may be given several times. {trigger} and {class} are filled in "
+            "where a recipe says them.",
+            show_default="the run's own",
         ),
-    ],
-    run: Annotated[Path | None, typer.Option(help="A finished run's folder.")] = None,
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="A run's folder.")] = None,
     adapter: Annotated[
-        Path | None,
-        typer.Option(help="An exported adapter file; without it and --run, the base alone draws."),
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="An adapter file; may be given several times. Weight 1 is as it was trained.",
+            show_default=False,
+        ),
     ] = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="One of the run's checkpoints, such as step-000200."),
+        typer.Option(help="A checkpoint of the run, such as step-000200, not its export."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="toybox, a folder or a Hub id.", show_default="the run's, else toybox"),
+        typer.Option(help="toybox, a folder or a Hub id.", show_default="the run's or file's"),
     ] = None,
-    negative: Annotated[
-        str | None,
-        typer.Option(help="What the pictures should not show."),
+    negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The first picture's seed; the next count up.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The first picture's seed; the next count up.")] = 0,
-    count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
+    count: Annotated[int | None, typer.Option(help="Pictures a prompt.")] = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Denoising steps, 1 to 1000.", show_default="the run's, else 25"),
@@ -157,47 +161,53 @@ def generate(
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(help="Sampler by name, such as ddim or euler.", show_default="the base's"),
+        typer.Option(help="Sampler, such as ddim or euler.", show_default="the run's or base's"),
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     scale: Annotated[
-        float, typer.Option(help="Strength of the adapter; 1 as trained, 0 the base alone.")
+        float, typer.Option(help="Strength of the adapters; 1 as trained, 0 the base alone.")
     ] = 1.0,
     out: Annotated[
-        Path | None,
-        typer.Option(help="A new folder.", show_default="a new one under generated/"),
+        Path | None, typer.Option(help="The folder.", show_default="a new one in generated/")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace pictures that are there already.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a folder of pictures and a grid. A run, an adapter file, or the base alone draws."""
-    from tunekit.generate import Wish, generate
-    from tunekit.progress import OnScreen
+    """Draw a folder of pictures and a grid. A run, adapter files, or the base alone draws."""
+    from tunekit.generate import Request, generate, parse_adapter
 
-    drawn = generate(
-        Wish(
-            prompts=prompt,
-            run=run,
-            checkpoint=checkpoint,
-            adapters=[(adapter, 1.0)] if adapter else [],
-            base=base,
-            negative_prompt=negative,
-            seed=seed,
-            count=count,
-            steps=steps,
-            guidance_scale=guidance,
-            scheduler=scheduler,
-            width=width,
-            height=height,
-            scale=scale,
-            out=out,
+    request = Request(
+        run=run,
+        checkpoint=checkpoint,
+        adapters=[parse_adapter(text) for text in adapter or ()],
+        base=base,
+        prompts=prompt or (),
+        negative_prompt=negative,
+        seed=seed,
+        count=count,
+        steps=steps,
+        guidance_scale=guidance,
+        scheduler=scheduler,
+        scale=scale,
+        width=width,
+        height=height,
+    )
+    made = generate(
+        request,
+        out,
+        overwrite=overwrite,
+        progress=lambda drawn: typer.echo(
+            f"{drawn.number}/{drawn.total}  {drawn.prompt} (seed {drawn.seed})", err=True
         ),
-        OnScreen(),
     )
     if as_json:
-        _print_json(drawn.as_dict())
+        pictures = [str(path) for path in made.pictures]
+        _print_json({"folder": str(made.folder), "pictures": pictures, "grid": str(made.grid)})
     else:
-        typer.echo(str(drawn.grid))
+        typer.echo(str(made.grid))
 
 
 @app.command()
