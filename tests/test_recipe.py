@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunekit import recipe_source
+from tunekit import adapters, recipe_source
 from tunekit.recipe import (
     Recipe,
     RecipeError,
@@ -422,6 +422,35 @@ def test_from_python(folder: Path) -> None:
     assert recipe_from("recipes/good.yaml").name == "good"
     with pytest.raises(RecipeError, match=r"^recipe: adapter.kind: must be .*not \"lorra\""):
         recipe_from({**recipe.model_dump(), "adapter": {"kind": "lorra"}})
+
+
+TOY = """
+from typing import Literal
+from pydantic import Field
+from tunekit.adapters.base import Adapter
+from tunekit.schema import AdapterSettings, also
+
+class ToySettings(AdapterSettings):
+    kind: Literal["toy"] = Field("toy", description="A toy.")
+    bricks: int = Field(2, ge=1, description="Bricks.", json_schema_extra=also("blocks"))
+
+class Toy(Adapter):
+    Settings = ToySettings
+"""
+
+
+def test_an_adapter_kind_is_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "toy.py").write_text(TOY)
+    monkeypatch.setattr(adapters, "__path__", [*adapters.__path__, str(folder)])
+    recipe = load_recipe(Path("recipes/good.yaml"), ["adapter.kind=toy", "adapter.bricks=5"])
+    assert recipe.adapter.bricks == 5  # type: ignore[attr-defined]
+    assert "  bricks: 5\n" in dump_yaml(recipe)
+    assert "ToySettings" in json_schema()["$defs"]
+    text = GOOD.replace("kind: lora", "kind: toy\n  blocks: 3\n  bricks: 0")
+    assert faults(text) == [
+        'recipes/bad.yaml:10: adapter.blocks: unknown key (did you mean "bricks"?)',
+        "recipes/bad.yaml:11: adapter.bricks: must be at least 1, not 0",
+    ]
 
 
 def test_words_of_other_trainers_lead_to_ours(folder: Path) -> None:
