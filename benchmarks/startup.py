@@ -75,7 +75,8 @@ def main() -> int:
     for name, row in measured.items():
         allowed = f"  (allowed {ALLOWED[name]})" if name in ALLOWED else ""
         print(
-            f"{name:<18} {row['wall_median_s']:.3f} s, processor {row['processor_median_s']:.3f} s, "
+            f"{name:<18} {row['wall_median_s']:.3f} s, "
+            f"processor {row['processor_median_s']:.3f} s, "
             f"beyond bare {row['wall_beyond_bare_s']:.3f} s{allowed}"
         )
     result = {
