@@ -1,148 +1,231 @@
-"""A folder of pictures and a grid, drawn with a run, an adapter file, or the base alone."""
+"""From a run or an adapter file to a folder of pictures: what `tunekit generate` does."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from tunekit.checkpoint import read_safetensors
+from tunekit.data.captions import fill
 from tunekit.errors import UserError
-from tunekit.schema import BUNDLED, Base
+from tunekit.inference import AdapterSource, Drawn, DrawSettings, load
+from tunekit.pictures import grid, save_png
+from tunekit.runfolder import RunFolder
+from tunekit.schema import BUNDLED, Base, Data, Evaluate
 
 if TYPE_CHECKING:
-    from tunekit.inference import DrawSettings
-    from tunekit.progress import Reporter
-    from tunekit.runfolder import RunFolder
+    import torch
 
-GENERATED = Path("generated")
-COLUMNS = 4
+GRID = "grid.png"
+_FOLDER = "generated"
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What to draw, and with what. None: as the run was evaluated, else `DrawSettings`' default.
+class Request:
+    """What to draw and with what; None: as the run, or the recipe in the adapter file, has it.
 
-    run: a run's folder; checkpoint: one of its checkpoints by name, instead of its export.
-    adapters: files as (path, weight). prompts: in a run's, {trigger} and {class} are filled in.
-    Each prompt is drawn with `count` seeds from `seed` on. out: a folder to make.
+    run: a run folder; checkpoint: the name of one of its checkpoints, instead of its exported file.
+    adapters: adapter files or checkpoint folders, as paths or (path, weight). base: needed where
+    neither run nor files say it. prompts: ``{trigger}`` and ``{class}`` are filled in where a
+    recipe is known. seed: of the first picture of each prompt; count: pictures per prompt, each
+    with the next seed. The others are those of `inference.DrawSettings`.
     """
 
-    prompts: Sequence[str]
     run: Path | None = None
     checkpoint: str | None = None
-    adapters: Sequence[tuple[Path, float]] = ()
+    adapters: Sequence[AdapterSource] = ()
     base: str | None = None
+    prompts: Sequence[str] = ()
     negative_prompt: str | None = None
-    seed: int = 0
-    count: int = 4
+    seed: int | None = None
+    count: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     scheduler: str | None = None
+    scale: float = 1.0
     width: int | None = None
     height: int | None = None
-    scale: float = 1.0
-    out: Path | None = None
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What was written."""
+    """The folder, its pictures in the order they were drawn, and the grid of all of them."""
 
     folder: Path
     pictures: tuple[Path, ...]
     grid: Path
 
-    def as_dict(self) -> dict[str, object]:
-        """Return everything as JSON values."""
-        pictures = [str(path) for path in self.pictures]
-        return {"folder": str(self.folder), "pictures": pictures, "grid": str(self.grid)}
+
+@dataclass(frozen=True)
+class _Known:
+    """What a run or a file says of how to draw with it."""
+
+    base: Base | None = None
+    data: Data | None = None
+    evaluate: Evaluate | None = None
+    home: Path = field(default_factory=Path)
 
 
-def generate(wish: Wish, reporter: Reporter | None = None) -> Generated:
-    """Draw what is wished for, one picture at a time, and a grid of them all.
+def generate(
+    request: Request,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    progress: Callable[[Drawn], object] | None = None,
+) -> Generated:
+    """Draw what is asked for into a folder of PNGs, each with its settings inside, and a grid.
 
-    Raises UserError, before anything is drawn, where the wish contradicts itself, something it
-    names is not there, or the folder to write to holds something already.
+    out: default ``generated/001`` (or the next free number) in the run folder, else in the working
+    directory. overwrite: whether `out` may hold pictures of an earlier call; those of the same name
+    are replaced. progress: called with every picture once it is written.
+
+    Raises UserError where something is missing, unsafe, unknown or contradictory; nothing is
+    written before everything has been loaded.
     """
-    from tunekit.inference import grid, load, save_png
-    from tunekit.progress import Silent
-    from tunekit.runfolder import RunFolder
-
-    if wish.count < 1:
-        raise UserError(f"--count: must be at least 1, not {wish.count}")
-    if wish.run is not None and wish.adapters:
-        raise UserError("--run and --adapter: give one of them")
-    if wish.checkpoint is not None and wish.run is None:
-        raise UserError("--checkpoint names a checkpoint of a run: give --run too")
-    run = RunFolder.open(wish.run) if wish.run is not None else None
-    prompts = [_filled(prompt, run) for prompt in wish.prompts]
-    settings = _settings(wish, run)
-    folder = _folder(wish)
-
-    adapters = list(wish.adapters)
-    if run is not None:
-        which = run.checkpoint(wish.checkpoint) if wish.checkpoint else run.exported()
-        adapters = [(which, 1.0)]
-    base: str | Base = wish.base or (run.recipe.base if run is not None else BUNDLED)
-    painter = load(base, adapters)
-
-    images, labels, paths = [], [], []
-    seeds = range(wish.seed, wish.seed + wish.count)
-    with (reporter or Silent()).stage("drawing", len(prompts) * wish.count) as tick:
-        for drawn in painter.draw_many(prompts, seeds, settings):
-            path = folder / f"{drawn.number:03d}-{_slug(drawn.prompt)}-{drawn.seed}.png"
-            save_png(drawn.image, path, drawn.settings)
-            images.append(drawn.image)
-            labels.append(f"{drawn.prompt} ({drawn.seed})")
-            paths.append(path)
-            tick(drawn.prompt)
-    sheet = folder / "grid.png"
-    columns = wish.count if len(prompts) > 1 else COLUMNS
-    save_png(grid(images, columns, labels), sheet, {"prompts": [*prompts], "seeds": [*seeds]})
-    return Generated(folder, tuple(paths), sheet)
+    known, adapters = _resolve(request)
+    if known.base is None:
+        raise UserError(
+            "base: neither a run nor the adapter file says which model to draw with; name it, such "
+            f"as --base {BUNDLED}"
+        )
+    prompts = [_filled(prompt, known.data) for prompt in request.prompts or _prompts(known)]
+    seeds = _seeds(request, known.evaluate)
+    settings = _settings(request, known)
+    folder = _folder(out, known.home, overwrite)
+    painter = load(known.base, adapters, device)
+    drawn, paths = [], []
+    for picture in painter.draw_many(prompts, seeds, settings):
+        name = f"{picture.number:03d}-{_slug(picture.prompt)}-seed{picture.seed}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(picture.image, folder / name, picture.settings)
+        paths.append(folder / name)
+        drawn.append(picture)
+        if progress is not None:
+            progress(picture)
+    columns = len(seeds) if len(seeds) > 1 else min(4, len(drawn))
+    labels = [f"{picture.prompt} (seed {picture.seed})" for picture in drawn]
+    sheet = grid([picture.image for picture in drawn], columns, labels)
+    shared = {key: value for key, value in drawn[0].settings.items() if key not in _OWN}
+    save_png(sheet, folder / GRID, shared | {"prompts": list(prompts), "seeds": list(seeds)})
+    return Generated(folder, tuple(paths), folder / GRID)
 
 
-def _filled(prompt: str, run: RunFolder | None) -> str:
-    if "{trigger}" not in prompt and "{class}" not in prompt:
-        return prompt  # other braces are the user's own
-    if run is None:
-        raise UserError(f'--prompt: "{prompt}" has a placeholder, which only --run can fill')
-    data = run.recipe.data
-    return prompt.replace("{trigger}", data.trigger).replace("{class}", data.class_noun)
+_OWN = ("prompt", "seed")  # what differs from picture to picture
 
 
-def _settings(wish: Wish, run: RunFolder | None) -> DrawSettings:
-    """Return how to draw: as wished, else as the run was evaluated, else by default."""
-    from tunekit.inference import DrawSettings
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """Read ``PATH`` or ``PATH:WEIGHT``; UserError where WEIGHT is no number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise UserError(
+            f'--adapter {text}: there is no such file, and "{weight}" is no weight; '
+            "write FILE or FILE:WEIGHT"
+        ) from None
 
-    names = ("negative_prompt", "steps", "guidance_scale", "scheduler")
-    chosen = {name: getattr(wish, name) for name in names}
-    chosen |= {"width": wish.width, "height": wish.height}
-    if run is not None:
+
+def _resolve(request: Request) -> tuple[_Known, list[AdapterSource]]:
+    """Return what is known, and every adapter to load."""
+    adapters = list(request.adapters)
+    if request.run is not None:
+        run = RunFolder.open(request.run)
+        own = run.checkpoint(request.checkpoint) if request.checkpoint else run.exported()
         recipe = run.recipe
-        usual = {name: getattr(recipe.evaluate, name) for name in names}
-        usual |= {"width": recipe.data.resolution, "height": recipe.data.resolution}
-        chosen = {name: usual[name] if value is None else value for name, value in chosen.items()}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return DrawSettings(**given, scale=wish.scale)
+        known = _Known(recipe.base, recipe.data, recipe.evaluate, run.path)
+        adapters.insert(0, own)
+    elif request.checkpoint is not None:
+        raise UserError(f"checkpoint: {request.checkpoint} is looked for in a run; name it (--run)")
+    elif len(adapters) == 1:
+        path = Path(adapters[0][0] if isinstance(adapters[0], tuple) else adapters[0])
+        known = _said_by(path) if path.is_file() else _Known()
+    else:
+        known = _Known()
+    if request.base is not None:
+        known = _Known(Base(model=request.base), known.data, known.evaluate, known.home)
+    return known, adapters
 
 
-def _folder(wish: Wish) -> Path:
-    """Return the folder to write to: the one wished for, or a new one under `generated`."""
-    if wish.out is not None:
-        if wish.out.exists() and not wish.out.is_dir():
-            raise UserError(f"--out: {wish.out} is a file")
-        if wish.out.is_dir() and any(wish.out.iterdir()):
-            raise UserError(f"--out: {wish.out} holds something already; name a new folder")
-        return wish.out
-    source = wish.run or next((path for path, _ in wish.adapters), Path(wish.base or BUNDLED))
-    number = 1
-    while (folder := GENERATED / f"{source.resolve().stem}-{number:02d}").exists():
-        number += 1
-    return folder
+def _said_by(path: Path) -> _Known:
+    """Return what the recipe in an exported file says; nothing where there is none to be read."""
+    _, metadata = read_safetensors(path)
+    text = metadata.get("tunekit.recipe")
+    if text is None:
+        return _Known()
+    try:
+        tree: dict[str, Any] = json.loads(text)
+        base = Base.model_validate(tree["base"])
+        data = Data.model_validate(tree["data"])
+        evaluate = Evaluate.model_validate(tree["evaluate"])
+    except (ValidationError, ValueError, KeyError, TypeError) as fault:
+        said = " ".join(str(fault).split())[:200]
+        warnings.warn(f"{path}: the recipe in it is not one I read: {said}", stacklevel=2)
+        return _Known()
+    # Only the last name of a path was kept in the file: that is no place to look for a model.
+    named = base.model == BUNDLED or "/" in base.model
+    return _Known(base if named else None, data, evaluate)
+
+
+def _prompts(known: _Known) -> Iterable[str]:
+    if known.evaluate is None:
+        raise UserError("prompt: name at least one, as in --prompt 'a red robot'")
+    return known.evaluate.prompts
+
+
+def _filled(prompt: str, data: Data | None) -> str:
+    if data is None or not re.search(r"\{(trigger|class)\}", prompt):
+        return prompt
+    return fill(prompt, data.trigger, data.class_noun)
+
+
+def _seeds(request: Request, evaluate: Evaluate | None) -> list[int]:
+    if request.count is not None and not 1 <= request.count <= 10_000:
+        raise UserError(f"count: {request.count} is not in 1 to 10000")
+    if request.seed is None and request.count is None and not request.prompts and evaluate:
+        return list(evaluate.seeds)
+    first = request.seed if request.seed is not None else 1
+    return [first + number for number in range(request.count or 1)]
+
+
+def _settings(request: Request, known: _Known) -> DrawSettings:
+    """Lay what is asked for over the recipe's settings, over the defaults."""
+    values: dict[str, Any] = {}
+    if known.evaluate is not None:
+        values = {
+            name: getattr(known.evaluate, name)
+            for name in ("steps", "guidance_scale", "scheduler", "negative_prompt")
+        }
+    if known.data is not None and known.data.resolution is not None:
+        values |= {"width": known.data.resolution, "height": known.data.resolution}
+    names = ("negative_prompt", "steps", "guidance_scale", "scheduler", "width", "height")
+    asked = {name: getattr(request, name) for name in names}
+    values |= {name: value for name, value in asked.items() if value is not None}
+    return DrawSettings(**values, scale=request.scale)
+
+
+def _folder(out: Path | None, home: Path, overwrite: bool) -> Path:
+    if out is None:
+        parent = home / _FOLDER
+        taken = {p.name for p in parent.iterdir()} if parent.is_dir() else set()
+        number = next(n for n in range(1, 10**9) if f"{n:03d}" not in taken)
+        return parent / f"{number:03d}"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name a folder for the pictures")
+    if not overwrite and out.is_dir() and any(out.glob("*.png")):
+        raise UserError(f"{out}: holds pictures already; name another folder or give --overwrite")
+    return out
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:40].strip("-") or "picture"

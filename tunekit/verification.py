@@ -8,6 +8,7 @@ however small its part in the whole. The prediction is what people get, whatever
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,23 +80,28 @@ class Reference:
 def undisturbed(family: Family, *others: nn.Module) -> Iterator[None]:
     """Compute as in inference and leave no trace: eval mode, no gradient, no autocast.
 
-    Whatever was in training mode is again afterwards. diffusers' warnings are held back meanwhile:
-    what they would say is checked by us. `others`: modules besides denoiser and text encoders.
+    Whatever was in training mode is again afterwards. The libraries' warnings are held back
+    meanwhile: what they would say of an adapter or a prompt is checked here, or said by us.
+    `others`: modules besides denoiser and text encoders.
     """
     import torch
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
 
+    logs = (diffusers_log, transformers_log)
     components = [family.denoiser, *family.text_encoders.values(), *others]
     training = [m for component in components for m in component.modules() if m.training]
-    level = logging.get_verbosity()
+    levels = [log.get_verbosity() for log in logs]
     try:
         for module in training:
             module.training = False
-        logging.set_verbosity_error()
+        for log in logs:
+            log.set_verbosity_error()
         with torch.no_grad(), torch.autocast(family.device.type, enabled=False):
             yield
     finally:
-        logging.set_verbosity(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
         for module in training:
             module.training = True
 
@@ -147,7 +153,9 @@ def load_by_diffusers(family: Family, path: Path, name: str) -> int:
     second, and draws black pictures after the third); UserError where it is no safetensors file.
     """
     tensors, _ = read_safetensors(path)  # checked here: diffusers would also read a pickle
-    with undisturbed(family):
+    with undisturbed(family), warnings.catch_warnings():
+        # Several adapters on one base are what is asked for.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         try:
             family.pipeline().load_lora_weights(
                 str(path), adapter_name=name, use_safetensors=True, local_files_only=True
