@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tunekit.checkpoint import read_safetensors
 from tunekit.data.captions import fill
 from tunekit.errors import UserError
-from tunekit.inference import AdapterSource, Drawn, DrawSettings, load
+from tunekit.inference import AdapterSource, Drawn, DrawSettings, is_checkpoint, load
 from tunekit.pictures import grid, save_png
 from tunekit.runfolder import RunFolder
 from tunekit.schema import BUNDLED, Base, Data, Evaluate
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 GRID = "grid.png"
-_FOLDER = "generated"
+_FOLDER = Path("generated")
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Generated:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a run or a file says of how to draw with it."""
+    """What a run or a file says of how to draw with it; `name` is what its pictures go under."""
 
     base: Base | None = None
     data: Data | None = None
     evaluate: Evaluate | None = None
-    home: Path = field(default_factory=Path)
+    name: str = "pictures"
 
 
 def generate(
@@ -83,9 +83,9 @@ def generate(
 ) -> Generated:
     """Draw what is asked for into a folder of PNGs, each with its settings inside, and a grid.
 
-    out: default ``generated/001`` (or the next free number) in the run folder, else in the working
-    directory. overwrite: whether `out` may hold pictures of an earlier call; those of the same name
-    are replaced. progress: called with every picture once it is written.
+    out: default ``generated/NAME-001`` (or the next free number) in the working directory, never in
+    the run's own folder, which ``train --overwrite`` clears. overwrite: whether `out` may hold
+    pictures of an earlier call; those of the same name are replaced. progress: called with every picture once it is written.
 
     Raises UserError where something is missing, unsafe, unknown or contradictory; nothing is
     written before everything has been loaded.
@@ -99,7 +99,7 @@ def generate(
     prompts = [_filled(prompt, known.data) for prompt in request.prompts or _prompts(known)]
     seeds = _seeds(request, known.evaluate)
     settings = _settings(request, known)
-    folder = _folder(out, known.home, overwrite)
+    folder = _folder(out, known.name, overwrite)
     painter = load(known.base, adapters, device)
     drawn, paths = [], []
     for picture in painter.draw_many(prompts, seeds, settings):
@@ -140,28 +140,35 @@ def _resolve(request: Request) -> tuple[_Known, list[AdapterSource]]:
     adapters = list(request.adapters)
     if request.run is not None:
         run = RunFolder.open(request.run)
+        known = _of_run(run)
         own = run.checkpoint(request.checkpoint) if request.checkpoint else run.exported()
-        recipe = run.recipe
-        known = _Known(recipe.base, recipe.data, recipe.evaluate, run.path)
         adapters.insert(0, own)
     elif request.checkpoint is not None:
         raise UserError(f"checkpoint: {request.checkpoint} is looked for in a run; name it (--run)")
     elif len(adapters) == 1:
         path = Path(adapters[0][0] if isinstance(adapters[0], tuple) else adapters[0])
-        known = _said_by(path) if path.is_file() else _Known()
+        known = _said_by(path)
     else:
         known = _Known()
     if request.base is not None:
-        known = _Known(Base(model=request.base), known.data, known.evaluate, known.home)
+        known = replace(known, base=Base(model=request.base))
     return known, adapters
 
 
+def _of_run(run: RunFolder) -> _Known:
+    return _Known(run.recipe.base, run.recipe.data, run.recipe.evaluate, run.recipe.name)
+
+
 def _said_by(path: Path) -> _Known:
-    """Return what the recipe in an exported file says; nothing where there is none to be read."""
+    """Return what the recipe in a file, run or checkpoint says; nothing where none can be read."""
+    if is_checkpoint(path):
+        return _of_run(RunFolder.around(path))
+    if not path.is_file():
+        return _of_run(RunFolder.open(path))
     _, metadata = read_safetensors(path)
     text = metadata.get("tunekit.recipe")
     if text is None:
-        return _Known()
+        return _Known(name=path.stem)
     try:
         tree: dict[str, Any] = json.loads(text)
         base = Base.model_validate(tree["base"])
@@ -170,10 +177,10 @@ def _said_by(path: Path) -> _Known:
     except (ValidationError, ValueError, KeyError, TypeError) as fault:
         said = " ".join(str(fault).split())[:200]
         warnings.warn(f"{path}: the recipe in it is not one I read: {said}", stacklevel=2)
-        return _Known()
+        return _Known(name=path.stem)
     # Only the last name of a path was kept in the file: that is no place to look for a model.
     named = base.model == BUNDLED or "/" in base.model
-    return _Known(base if named else None, data, evaluate)
+    return _Known(base if named else None, data, evaluate, path.stem)
 
 
 def _prompts(known: _Known) -> Iterable[str]:
@@ -213,12 +220,11 @@ def _settings(request: Request, known: _Known) -> DrawSettings:
     return DrawSettings(**values, scale=request.scale)
 
 
-def _folder(out: Path | None, home: Path, overwrite: bool) -> Path:
+def _folder(out: Path | None, name: str, overwrite: bool) -> Path:
     if out is None:
-        parent = home / _FOLDER
-        taken = {p.name for p in parent.iterdir()} if parent.is_dir() else set()
-        number = next(n for n in range(1, 10**9) if f"{n:03d}" not in taken)
-        return parent / f"{number:03d}"
+        taken = {p.name for p in _FOLDER.iterdir()} if _FOLDER.is_dir() else set()
+        free = (f"{name}-{n:03d}" for n in range(1, 10**9))
+        return _FOLDER / next(folder for folder in free if folder not in taken)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the pictures")
     if not overwrite and out.is_dir() and any(out.glob("*.png")):

@@ -249,7 +249,7 @@ def load(
     Raises UserError for what is not there, not safe to read, or does not fit the base.
     """
     pairs = [_pair(source) for source in adapters]
-    states = [path for path, _ in pairs if _is_checkpoint(path)]
+    states = [path for path, _ in pairs if is_checkpoint(path)]
     if len(states) > 1:
         raise UserError(
             f"{states[1]}: only one checkpoint can be drawn with at a time; combine exported files"
@@ -259,7 +259,7 @@ def load(
     if not pairs:
         return Painter(family)
     # The checkpoint first: it looks for the base's own modules, which files' layers would hide.
-    pairs.sort(key=lambda pair: not _is_checkpoint(pair[0]))
+    pairs.sort(key=lambda pair: not is_checkpoint(pair[0]))
     setters = [_put(family, number, *pair) for number, pair in enumerate(pairs)]
     for component in (family.denoiser, *family.text_encoders.values()):
         component.requires_grad_(False)
@@ -281,20 +281,21 @@ def _pair(source: AdapterSource) -> tuple[Path, float]:
     found = Path(path)
     if not found.exists():
         raise UserError(f"{path}: there is no such file")
-    if found.is_dir() and not _is_checkpoint(found):
+    if found.is_dir() and not is_checkpoint(found):
         return RunFolder.open(found).exported(), weight
-    if found.is_file() and _is_checkpoint(found.parent):
+    if found.is_file() and is_checkpoint(found.parent):
         return found.parent, weight
     return found, weight
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Say whether `path` is a checkpoint's folder; that it is whole is checked when it is read."""
     return (path / checkpoint.MANIFEST).is_file() and not (path / RECIPE).is_file()
 
 
 def _put(family: Family, number: int, path: Path, weight: float) -> Callable[[float], None]:
     """Put an adapter into `family` and return what sets its strength."""
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         recipe = RunFolder.around(path).recipe
         state = checkpoint.read(path).tensors.get(_STATE)
         if state is None:
@@ -320,7 +321,7 @@ def _put(family: Family, number: int, path: Path, weight: float) -> Callable[[fl
 
 def _described(path: Path, weight: float) -> dict[str, JsonValue]:
     """Return what a picture's settings say of an adapter: enough to find the same one again."""
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         run = path.resolve().parent.parent.name
         return {"name": f"{run}/{path.name}", "weight": weight}
     return {"name": path.name, "weight": weight, "sha256": sha256(path)}

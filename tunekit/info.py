@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections import Counter
@@ -48,8 +49,8 @@ _LARGEST = {"fp16": 65504.0}  # what may come near to overflowing
 class ModuleInfo:
     """One adapted module: `norm` is the Frobenius norm of its weight change, alpha / rank included.
 
-    rank and alpha are None where the file does not say; norm is None where this reader cannot
-    compute it (`kind` OFT and tensor-decomposed convolutions).
+    rank and alpha are None where the file does not say; norm is None where it is not a number, and
+    where this reader cannot compute it (`kind` OFT and tensor-decomposed convolutions).
     """
 
     name: str
@@ -187,8 +188,10 @@ def _module(
     rank = _rank(path, name, parts)
     alpha = float(parts["alpha"]) if "alpha" in parts else _declared_alpha(name, scales)
     scale = alpha / rank if alpha is not None and rank else 1.0
-    bare = _norm(parts)
-    return ModuleInfo(name, _kind(parts), rank, alpha, None if bare is None else scale * bare)
+    norm = _norm(parts)
+    if norm is not None:
+        norm = norm * abs(scale) if math.isfinite(norm * scale) else None
+    return ModuleInfo(name, _kind(parts), rank, alpha, norm)
 
 
 def _rank(path: Path, name: str, parts: Mapping[str, Tensor]) -> int | None:
