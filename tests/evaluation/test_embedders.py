@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_judges import PREPROCESSING, write_preprocessing
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tests.evaluation.conftest import PREPROCESSING, write_preprocessing
 from tunekit.errors import UserError
 from tunekit.evaluation.embedders import Clip, ImageEncoder, Preprocessing, SubjectEncoder
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_judges import ZORP
 
-from tests.evaluation.conftest import ZORP
 from tunekit.evaluation.embedders import Clip, SubjectEncoder
+from tunekit.evaluation.judges import Judges
 from tunekit.evaluation.measure import (
     Evaluation,
     Gallery,
-    Judges,
     Question,
     Reference,
     count_pictures,

@@ -14,7 +14,8 @@ from PIL import Image
 
 from tunekit.evaluation import charts
 from tunekit.evaluation.embedders import Clip, SubjectEncoder
-from tunekit.evaluation.measure import Evaluation, Judges, Question, Reference, measure
+from tunekit.evaluation.judges import Judges
+from tunekit.evaluation.measure import Evaluation, Question, Reference, measure
 from tunekit.evaluation.report import Facts, Timeline, data_url, duration, size, write_report
 from tunekit.evaluation.verdict import verdict
 

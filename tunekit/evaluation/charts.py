@@ -19,14 +19,28 @@ def smooth(values: Sequence[float], weight: float | None = None) -> list[float]:
     `weight` of the past, 0 to below 1; None: about a twentieth of the run, as a step's loss says
     more about its random timestep than about the model.
     """
-    if weight is None:
-        weight = 1 - 1 / max(5.0, len(values) / 20)
-    total, norm, result = 0.0, 0.0, []
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(total / norm)
-    return result
+    smoother = Smoother.over(len(values)) if weight is None else Smoother(weight)
+    return [smoother(value) for value in values]
+
+
+@dataclass
+class Smoother:
+    """`smooth`, a value at a time."""
+
+    weight: float
+    total: float = 0.0
+    norm: float = 0.0
+
+    @classmethod
+    def over(cls, steps: int) -> Smoother:
+        """Return the usual smoothing for a run of so many steps."""
+        return cls(1 - 1 / max(5.0, steps / 20))
+
+    def __call__(self, value: float) -> float:
+        """Take up a value and return the mean so far."""
+        self.total = self.weight * self.total + (1 - self.weight) * value
+        self.norm = self.weight * self.norm + (1 - self.weight)
+        return self.total / self.norm
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:

@@ -7,6 +7,7 @@ the trigger. No picture is drawn twice, and nothing here depends on a model fami
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from tunekit.evaluation.embedders import Clip, ImageEncoder
+    from tunekit.evaluation.embedders import Clip
+    from tunekit.evaluation.judges import Judges
 
 SCHEMA_VERSION = 1
 DRIFT_PICTURES = 4
@@ -88,10 +90,17 @@ class Pair:
     before: Image
     after: Image
 
-    def slug(self) -> str:
-        """Return prompt and seed as part of a file name."""
-        words = re.sub(r"[^a-z0-9]+", "-", self.told.lower()).strip("-")[:60].strip("-")
-        return f"p{self.prompt:02d}-{words}_seed-{self.seed}"
+
+def picture_name(who: str, prompt: str, seed: int) -> str:
+    """Return a drawn picture's file name: who drew it ("base", "taught", a step), what, the seed.
+
+    A plain prompt stands in it whole; a long or unwritable one is told apart by its hash.
+    """
+    words = prompt.replace(", ", "_").replace(" ", "-")
+    if not re.fullmatch(r"[a-z0-9_-]{1,64}", words):
+        plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:50].strip("-")
+        words = f"{plain}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}".strip("-")
+    return f"{who}_{words}_seed-{seed}.png"
 
 
 @dataclass(frozen=True)
@@ -146,14 +155,6 @@ def draw_pairs(question: Question, base: Draw, taught: Draw) -> tuple[list[Pair]
         for shot, old, new in zip(shots + drift, before, after, strict=True)
     ]
     return pairs[: len(shots)], pairs[len(shots) :]
-
-
-@dataclass(frozen=True)
-class Judges:
-    """The encoders: `likeness` tells the subject or style, `clip` prompts and whole pictures."""
-
-    likeness: ImageEncoder
-    clip: Clip
 
 
 def measure(
@@ -245,7 +246,8 @@ def _score_prompts(
         {
             "prompt": pair.prompt,
             "seed": pair.seed,
-            "file": pair.slug(),
+            "file": f"samples/{picture_name('taught', pair.told, pair.seed)}",
+            "base_file": f"samples/{picture_name('base', pair.plain, pair.seed)}",
             "likeness": likeness[row],
             "floor": floor[row],
             "fidelity": told[row],

@@ -29,7 +29,7 @@ class Timeline:
 
     prompt: str
     seed: int
-    pictures: Sequence[tuple[int, Image]]
+    pictures: list[tuple[int, Image]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Facts:
     name: str
     made: str
     recipe: str
-    metrics: Sequence[Mapping[str, float]]
+    metrics: Sequence[Mapping[str, float | None]]
     timelines: Sequence[Timeline]
     tables: Mapping[str, Sequence[tuple[str, str]]]
     files: Sequence[tuple[str, int, str]]
@@ -148,8 +148,9 @@ def _template() -> Template:
     return environment.get_template("report.html.j2")
 
 
-def _series(metrics: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[key]) for line in metrics if key in line]
+def _series(metrics: Sequence[Mapping[str, float | None]], key: str) -> list[tuple[float, float]]:
+    points = [(line["step"], line.get(key)) for line in metrics]
+    return [(step, value) for step, value in points if step is not None and value is not None]
 
 
 def _record(result: Mapping[str, Any], pair: Pair) -> Mapping[str, Any]:

@@ -1,0 +1,222 @@
+"""Everything a run needs, checked and loaded before anything is written.
+
+The cheapest checks come first: pictures, then the judges of the evaluation, then the base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tunekit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tunekit.adapters import Adapter
+    from tunekit.data import DataSheet, EncodedDataset
+    from tunekit.evaluation.measure import Question, Reference
+    from tunekit.families import Family
+    from tunekit.inference import DrawSettings
+    from tunekit.progress import Reporter
+    from tunekit.recipe import Recipe
+
+
+@dataclass
+class Prepared:
+    """What a run starts from. `idle` are the components that training itself does not use."""
+
+    device: torch.device
+    resolution: int
+    sheet: DataSheet
+    held_out: DataSheet | None
+    family: Family
+    dataset: EncodedDataset
+    adapter: Adapter
+    idle: tuple[str, ...]
+    notes: list[str]
+
+    def references(self) -> tuple[list[Reference], list[Reference]]:
+        """Return the training pictures and the held-out ones, cut as training cuts them."""
+        held_out = _references(self.held_out, self.resolution) if self.held_out else []
+        return _references(self.sheet, self.resolution), held_out
+
+
+def question_of(recipe: Recipe) -> Question:
+    """Return what the recipe's evaluation asks."""
+    from tunekit.evaluation.measure import Question
+
+    return Question(
+        kind=recipe.evaluate.kind,
+        trigger=recipe.data.trigger,
+        class_noun=recipe.data.class_noun,
+        prompts=recipe.evaluate.prompts,
+        seeds=recipe.evaluate.seeds,
+        seed=recipe.train.seed,
+    )
+
+
+def drawing_of(recipe: Recipe, resolution: int) -> DrawSettings:
+    """Return how samples and the evaluation's pictures are drawn."""
+    from tunekit.inference import DrawSettings
+
+    evaluate = recipe.evaluate
+    return DrawSettings(
+        steps=evaluate.steps,
+        guidance_scale=evaluate.guidance_scale,
+        scheduler=evaluate.scheduler,
+        negative_prompt=evaluate.negative_prompt,
+        width=resolution,
+        height=resolution,
+    )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Hold back the libraries' own bars and remarks; what matters is told by the run itself."""
+    import diffusers
+    import transformers
+
+    from tunekit.families.base import PromptCutWarning
+
+    said: list[Any] = [diffusers.utils.logging, transformers.utils.logging]
+    levels = [logging.get_verbosity() for logging in said]
+    bars = [logging.is_progress_bar_enabled() for logging in said]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptCutWarning)
+        for logging in said:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for logging, level, bar in zip(said, levels, bars, strict=True):
+                logging.set_verbosity(level)
+                if bar:
+                    logging.enable_progress_bar()
+
+
+def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
+    """Check and load everything; raises UserError, and writes nothing but to the cache."""
+    from tunekit import adapters, families
+    from tunekit.data import preflight
+    from tunekit.inference import default_device
+
+    preflight(recipe.data)
+    if recipe.data.holdout is not None:
+        preflight(recipe.data, folder=recipe.data.holdout)
+    _check_judges(recipe)
+    device = default_device()
+    family = families.load(recipe.base, device)
+    resolution = recipe.data.resolution or family.default_resolution
+    _check_drawing(recipe, family, resolution)
+    sheet, held_out = _read_pictures(recipe, family, resolution)
+    notes = [*sheet.summary(), *_cut_prompts(recipe, family)]
+    for note in notes:
+        reporter.note(note)
+    names = tuple(family.text_encoders)
+    learns = recipe.adapter.trains_text_encoder()
+    dataset = _encode(recipe, family, sheet, resolution, reporter)
+    adapter = adapters.get(recipe.adapter.kind).attach(family, recipe.adapter, recipe.train.seed)
+    idle = ("vae",) if learns else ("vae", *names)
+    return Prepared(device, resolution, sheet, held_out, family, dataset, adapter, idle, notes)
+
+
+def _check_judges(recipe: Recipe) -> None:
+    """Load the judges and let them go: an hour of training must not end at a missing file."""
+    from tunekit.evaluation.judges import load_judges
+
+    question = question_of(recipe)
+    judges = load_judges(recipe.evaluate)
+    judges.clip.check_texts([question.plain(prompt) for prompt in question.prompts])
+
+
+def _check_drawing(recipe: Recipe, family: Family, resolution: int) -> None:
+    """Raise UserError for settings that no picture could be drawn or trained with."""
+    multiple = family.size_multiple
+    if resolution % multiple:
+        raise UserError(
+            f"data.resolution: {resolution} is not a multiple of {multiple}, which this base needs"
+        )
+    drawing_of(recipe, resolution)
+    family.pipeline(recipe.evaluate.scheduler)
+
+
+def _read_pictures(
+    recipe: Recipe, family: Family, resolution: int
+) -> tuple[DataSheet, DataSheet | None]:
+    from tunekit.data import preflight
+    from tunekit.data.sheet import shared_pictures
+
+    data = recipe.data
+    sheet = preflight(data, resolution).with_cut_captions(family.cut_words)
+    if data.holdout is None:
+        return sheet, None
+    held_out = preflight(data, resolution, folder=data.holdout)
+    if shared := shared_pictures(sheet, held_out):
+        trained, held = shared[0]
+        raise UserError(
+            f"data.holdout: {held_out.folder / held} is the training picture {trained}; held-out "
+            "pictures must never be trained on, or the ceiling of the scores means nothing"
+        )
+    return sheet, held_out
+
+
+def _cut_prompts(recipe: Recipe, family: Family) -> list[str]:
+    told = [question_of(recipe).told(prompt) for prompt in recipe.evaluate.prompts]
+    cut = [(prompt, family.cut_words(prompt)) for prompt in told]
+    return [
+        f'warning: the text encoder never reads the end of this prompt: "{words}" (of "{prompt}")'
+        for prompt, words in cut
+        if words
+    ]
+
+
+def _encode(
+    recipe: Recipe, family: Family, sheet: DataSheet, resolution: int, reporter: Reporter
+) -> EncodedDataset:
+    from tunekit.data import EncodedDataset, fingerprint
+
+    encoders = family.text_encoders
+    weights = {
+        f"{name}.{key}": tensor
+        for name, encoder in encoders.items()
+        for key, tensor in encoder.state_dict().items()
+    }
+    texts = fingerprint(weights, family.name, family.label, *map(_config, encoders.values()))
+    with reporter.stage("encoding", len(sheet.examples)) as tick:
+        return EncodedDataset.encode(
+            sheet.examples,
+            recipe.data,
+            resolution=resolution,
+            seed=recipe.train.seed,
+            encode_image=family.encode_image,
+            image_fingerprint=fingerprint(
+                family.vae.state_dict(), family.name, _config(family.vae)
+            ),
+            encode_prompt=None if recipe.adapter.trains_text_encoder() else family.encode_prompt,
+            text_fingerprint=texts,
+            progress=lambda done, total: tick(),
+        )
+
+
+def _config(module: nn.Module) -> str:
+    """Return a component's settings as text: with its weights they decide what it computes."""
+    config: Any = module.config
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _references(sheet: DataSheet, resolution: int) -> list[Reference]:
+    from tunekit.data import fit, open_rgb
+    from tunekit.evaluation.measure import Reference
+
+    return [
+        Reference(example.name, fit(open_rgb(example.path), resolution), example.caption)
+        for example in sheet.examples
+    ]

@@ -1,0 +1,336 @@
+"""One run, from a recipe to a report: what `tunekit train` and `tunekit.train` call.
+
+Everything that can be known to be wrong is refused before anything is written. What is scored is
+drawn with the exported file by a fresh pipeline: the scores are those of what people get.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunekit.recipe import Recipe, dump_yaml, recipe_from
+from tunekit.runfolder import CHECKPOINTS, EXPORT, RECIPE
+from tunekit.runwriter import REPORT, SAMPLES, SCORES, Log, RunWriter
+
+if TYPE_CHECKING:
+    from tunekit.evaluation.measure import Evaluation
+    from tunekit.export import ExportedFile
+    from tunekit.preparation import Prepared
+    from tunekit.progress import Reporter
+    from tunekit.samples import Samples
+    from tunekit.train import StepRecord
+
+__all__ = ["Run", "train"]
+
+RUNS = Path("runs")
+_MARKS = {"good": "+", "fair": "~", "poor": "!"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its scores (the content of scores.json) and its adapter files."""
+
+    folder: Path
+    recipe: Recipe
+    scores: Mapping[str, Any]
+    files: Sequence[ExportedFile]
+
+    @property
+    def report(self) -> Path:
+        """The report, a self-contained HTML file."""
+        return self.folder / REPORT
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a script wants to know, as JSON values."""
+        return {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "scores_file": str(self.folder / SCORES),
+            "files": [str(file.path) for file in self.files],
+            "verdict": self.scores["verdict"],
+            "scores": self.scores["scores"],
+            "run": self.scores["run"],
+        }
+
+    def lines(self) -> list[str]:
+        """Return the outcome for people: the verdict, and where things are."""
+        told = self.scores["verdict"]
+        return [
+            told["headline"],
+            *(f"  {_MARKS[line['tone']]} {line['text']}" for line in told["sentences"]),
+            *(f"adapter: {file.path}" for file in self.files),
+            f"report:  {self.report}",
+        ]
+
+
+def train(
+    recipe: Path | str | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Run:
+    """Teach what a recipe says, and return the finished run.
+
+    recipe: a file, a mapping with a recipe's keys, or a Recipe. overrides: ``KEY=VALUE`` texts.
+    out: the run's folder, by default ``runs/NAME``. overwrite: replace a run that is there.
+    reporter: who is told of the progress; None: bars or lines on stderr.
+
+    Raises UserError for whatever the user can mend, and where it can be known beforehand then with
+    nothing written; TrainingError where the numbers break down; ExportError where the adapter file
+    fails its verification, then with scores and report written, so that one can see why.
+    """
+    from tunekit.preparation import prepare, quietly
+    from tunekit.progress import OnScreen
+
+    began = time.monotonic()
+    resolved = recipe_from(recipe, overrides)
+    writer = RunWriter(Path(out) if out is not None else RUNS / resolved.name)
+    writer.check(overwrite)
+    reporter = reporter or OnScreen()
+    with quietly():
+        prepared = prepare(resolved, reporter)
+        session = _Session(resolved, writer, reporter, prepared)
+        writer.check_space(session.space_needed())
+        session.seconds["preparing"] = time.monotonic() - began
+        with writer.claim(overwrite):
+            return session.run()
+
+
+@dataclass
+class _Session:
+    """One run in a folder of its own."""
+
+    recipe: Recipe
+    writer: RunWriter
+    reporter: Reporter
+    prepared: Prepared
+    seconds: dict[str, float] = field(default_factory=dict)
+    samples: Samples = field(init=False)
+    parameters: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        from tunekit.preparation import drawing_of, question_of
+        from tunekit.samples import Samples
+
+        self.question = question_of(self.recipe)
+        drawing = drawing_of(self.recipe, self.prepared.resolution)
+        self.samples = Samples(self.writer.path / SAMPLES, self.question, drawing)
+        self.parameters = self.prepared.adapter.parameter_count()
+
+    def space_needed(self) -> int:
+        """Return about how many bytes the run will write: checkpoints, export, pictures."""
+        train = self.recipe.train
+        saved = math.ceil(train.steps / (train.checkpoint_every or train.steps)) + 1
+        pictures = 3 * self.prepared.resolution**2 * (4 * len(self.question.prompts) + 16)
+        return 4 * self.parameters * saved + pictures + 5_000_000
+
+    def run(self) -> Run:
+        """Train, export, evaluate and report in the claimed folder."""
+        from tunekit.export import ExportError, write_card
+
+        self.writer.write_text(RECIPE, dump_yaml(self.recipe))
+        files: list[ExportedFile] = []
+        refused: ExportError | None = None
+        with Log(self.writer.path) as log:
+            with self._timed("training"):
+                self._train(log)
+            with self._timed("exporting"):
+                try:
+                    files = self._export()
+                except ExportError as error:
+                    refused = error
+                    self.prepared.notes.append(f"no adapter file came out: {error}")
+                    self.reporter.note(self.prepared.notes[-1])
+            with self._timed("evaluating"):
+                evaluation = self._evaluate(files)
+            log.scores(evaluation.scores["scores"], self.recipe.train.steps)
+        evaluation.scores["run"] = self._facts(files)
+        if files:
+            told = _for_card(evaluation.scores)
+            write_card(self.recipe, files, self.prepared.resolution, told)
+        self.writer.write_json(SCORES, evaluation.scores)
+        self._report(evaluation, files, log)
+        if refused is not None:
+            raise refused
+        return Run(self.writer.path, self.recipe, evaluation.scores, files)
+
+    def _train(self, log: Log) -> None:
+        from tunekit.evaluation.charts import Smoother
+        from tunekit.train import train as loop
+
+        settings, ready = self.recipe.train, self.prepared
+        batches = ready.dataset.batches(settings.batch_size, settings.gradient_accumulation)
+        learns = ready.adapter.trains_text_encoder
+        encode = ready.family.encode_prompt if learns else None
+        if settings.sample_every:
+            self._sample(0, log)
+        ready.family.release(*ready.idle)
+        smooth = Smoother.over(settings.steps)
+        with self.reporter.stage("training", settings.steps) as tick:
+            for record in loop(ready.family, ready.adapter, batches, settings, encode=encode):
+                last = record.step == settings.steps
+                if last or record.step % settings.log_every == 0:
+                    log.step(record)
+                if last or _due(record.step, settings.checkpoint_every):
+                    self._save(record.step)
+                if last or _due(record.step, settings.sample_every):
+                    self._sample(record.step, log)
+                    ready.family.release(*ready.idle)
+                tick(_told(record, smooth(record.loss)))
+
+    def _save(self, step: int) -> None:
+        from tunekit import checkpoint
+
+        folder = self.writer.path / CHECKPOINTS / f"step-{step:06d}"
+        checkpoint.save(folder, {"adapter": self.prepared.adapter.state()}, {"step": step})
+
+    def _sample(self, step: int, log: Log) -> None:
+        from tunekit.inference import Painter
+
+        painter = Painter.of(self.prepared.family, self.prepared.adapter)
+        log.picture("samples", self.samples.at_step(painter, step), step)
+
+    def _export(self) -> list[ExportedFile]:
+        from tunekit.export import export_adapter
+
+        ready = self.prepared
+        with self.reporter.stage("exporting", 1) as tick:
+            files = export_adapter(
+                ready.family,
+                ready.adapter,
+                self.recipe,
+                self.writer.path / EXPORT,
+                pictures=len(ready.sheet.examples),
+            )
+            tick("verified")
+        return files
+
+    def _evaluate(self, files: Sequence[ExportedFile]) -> Evaluation:
+        """Draw before and after, and score; the live modules draw where no file came out."""
+        from tunekit.evaluation.judges import load_judges
+        from tunekit.evaluation.measure import Gallery, count_pictures, measure
+        from tunekit.inference import Painter, load
+
+        ready, base = self.prepared, self.recipe.base
+        before = load(base, device=ready.device)
+        if files:
+            del ready.family, ready.adapter, ready.dataset  # make room for fresh ones
+            gc.collect()
+            after = load(base, [files[0].path], device=ready.device)
+        else:
+            after = Painter.of(ready.family, ready.adapter)
+        training, held_out = ready.references()
+        judges = load_judges(self.recipe.evaluate, ready.device)
+        with self.reporter.stage("evaluating", count_pictures(self.question)) as tick:
+            return measure(
+                self.question,
+                Gallery(self.samples.drawer(before, "base", tick)),
+                Gallery(self.samples.drawer(after, "taught", tick)),
+                training,
+                held_out,
+                judges,
+            )
+
+    def _facts(self, files: Sequence[ExportedFile]) -> dict[str, Any]:
+        """Return what scores.json says of the run itself."""
+        from tunekit.evaluation.facts import machine, versions
+        from tunekit.train import peak_memory
+
+        made = datetime.datetime.now().astimezone().replace(microsecond=0)
+        return {
+            "name": self.recipe.name,
+            "made": made.isoformat(),
+            "seconds": {name: round(spent, 2) for name, spent in self.seconds.items()},
+            "peak_memory_bytes": peak_memory(self.prepared.device),
+            "machine": machine(self.prepared.device),
+            "versions": versions(),
+            "trained_numbers": self.parameters,
+            "files": [
+                {
+                    "path": str(file.path.relative_to(self.writer.path)),
+                    "layout": file.layout,
+                    "bytes": file.bytes,
+                    "sha256": file.sha256,
+                    "error": file.parity.error,
+                }
+                for file in files
+            ],
+        }
+
+    def _report(self, evaluation: Evaluation, files: Sequence[ExportedFile], log: Log) -> None:
+        from tunekit.evaluation.facts import tables
+        from tunekit.evaluation.report import Facts, write_report
+
+        ready, run = self.prepared, evaluation.scores["run"]
+        example = self.question.told(self.question.prompts[0])
+        facts = Facts(
+            name=self.recipe.name,
+            made=datetime.datetime.fromisoformat(run["made"]).strftime("%-d %B %Y, %H:%M"),
+            recipe=dump_yaml(self.recipe),
+            metrics=log.lines,
+            timelines=[line for line in self.samples.timelines if line.pictures],
+            tables=tables(
+                self.recipe,
+                ready.sheet,
+                ready.held_out,
+                self.parameters,
+                (self.seconds, run["peak_memory_bytes"], ready.device),
+            ),
+            files=[
+                (str(file.path.relative_to(self.writer.path)), file.bytes, _verified(file))
+                for file in files
+            ],
+            command=f'tunekit generate --run {self.writer.path} --prompt "{example}"',
+            notes=ready.notes,
+        )
+        self.writer.write_text(REPORT, write_report(facts, evaluation, *ready.references()))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _told(record: StepRecord, loss: float) -> str:
+    """Return where training stands, in a few words."""
+    from tunekit.evaluation.report import size
+
+    return (
+        f"loss {loss:.4f}, lr {record.lr:.2e}, {record.images_per_second:.1f} images/s, "
+        f"{size(record.memory_bytes)}"
+    )
+
+
+def _verified(file: ExportedFile) -> str:
+    return (
+        f"{file.layout} layout, {file.dtype}; verified in a fresh pipeline: all "
+        f"{file.parity.tensors} tensors taken up, {file.parity.error:.2%} off what was learned"
+    )
+
+
+def _for_card(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the scores as the model card prints them."""
+    from tunekit.evaluation.verdict import percent, points
+
+    sums = result["scores"]
+    told = {f"{result['kind']} likeness": f"{sums['likeness']['score']:.3f}"}
+    if sums["likeness"]["closed"] is not None:
+        told["share of the gap to real pictures closed"] = percent(sums["likeness"]["closed"])
+    told["prompt fidelity against the base"] = f"{points(sums['fidelity']['change'])} points"
+    if sums["leak"]["closed"] is not None:
+        told["leaked without the trigger"] = percent(sums["leak"]["closed"])
+    return told

@@ -1,0 +1,214 @@
+"""What a run writes: who may write in its folder, and how files come into it.
+
+A folder is empty, or holds a finished run (it has its report), or an unfinished one, or something
+no run wrote, which is never touched. `tunekit.runfolder` reads what is written here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tunekit import checkpoint
+from tunekit.errors import UserError
+from tunekit.runfolder import CHECKPOINTS, EXPORT, RECIPE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tunekit.train import StepRecord
+
+METRICS, SCORES, REPORT = "metrics.jsonl", "scores.json", "report.html"
+SAMPLES, BOARD, LOCK = "samples", "tb", ".lock"
+OURS = frozenset({RECIPE, METRICS, SCORES, REPORT, SAMPLES, CHECKPOINTS, EXPORT, BOARD, LOCK})
+
+
+class RunWriter:
+    """One run's folder; nothing is written before `claim`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def check(self, overwrite: bool) -> None:
+        """Raise UserError where a run may not be written here; writes nothing itself.
+
+        A finished and an unfinished run both need `overwrite`; a folder with files that no run
+        wrote is refused with it too.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; name a folder for the run with --out")
+        self._check_writable()
+        if not self.path.is_dir():
+            return
+        self._check_lock()
+        found = sorted(entry.name for entry in self.path.iterdir())
+        strange = [name for name in found if name not in OURS]
+        if strange:
+            raise UserError(
+                f"{self.path}: holds {', '.join(strange[:3])}, which no run wrote; "
+                "name another folder with --out"
+            )
+        if not overwrite and set(found) - {LOCK}:
+            raise UserError(
+                f"{self.path}: holds {self.state()}; --overwrite replaces it, --out names another "
+                "folder"
+            )
+
+    def state(self) -> str:
+        """Return what is here in words."""
+        if (self.path / REPORT).exists():
+            return "a finished run"
+        steps = checkpoint.steps(self.path / CHECKPOINTS)
+        reached = f"its last checkpoint is {steps[-1].name}" if steps else "it has no checkpoint"
+        return f"an unfinished run ({reached})"
+
+    @contextlib.contextmanager
+    def claim(self, overwrite: bool) -> Iterator[None]:
+        """Make the folder, hold its lock, and empty it of a former run.
+
+        Raises UserError as `check` does, and where another process holds the folder.
+        """
+        self.check(overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._taken() from None
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            self._clear()
+            try:
+                yield
+            finally:
+                lock.truncate(0)  # closing the file gives the lock back
+
+    def _check_lock(self) -> None:
+        with contextlib.suppress(FileNotFoundError), (self.path / LOCK).open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._taken() from None
+
+    def _taken(self) -> UserError:
+        process = (self.path / LOCK).read_text().strip() or "unknown"
+        return UserError(
+            f"{self.path}: another run is writing here (process {process}); wait for it, or name "
+            "another folder with --out"
+        )
+
+    def _clear(self) -> None:
+        for name in sorted(OURS - {LOCK}):
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _ancestor(self) -> Path:
+        here = self.path.absolute()
+        while not here.exists():
+            here = here.parent
+        return here
+
+    def _check_writable(self) -> None:
+        here = self._ancestor()
+        if not here.is_dir():
+            raise UserError(f"{self.path}: {here} is a file, so no folder can be made in it")
+        if not os.access(here, os.W_OK | os.X_OK):
+            raise UserError(f"{self.path}: {here} may not be written to; name a folder with --out")
+
+    def check_space(self, needed: int) -> None:
+        """Raise UserError where the disk has less than `needed` bytes free."""
+        free = shutil.disk_usage(self._ancestor()).free
+        if free < needed:
+            raise UserError(
+                f"{self.path}: the run needs about {math.ceil(needed / 1e6):,} MB and the disk has "
+                f"{free // 1_000_000:,} MB free; name another place with --out, or write fewer "
+                "checkpoints (train.checkpoint_every)"
+            )
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file whole or not at all, and return its path."""
+        path = self.path / name
+        partial = path.with_name(f".{name}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return path
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
+        """Write JSON as people read it, whole or not at all; NaN is refused."""
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        return self.write_text(name, text + "\n")
+
+
+class Log:
+    """metrics.jsonl and TensorBoard: a line and its points for each logged step, at once on disk.
+
+    `lines` are the steps written so far, as they stand in the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.lines: list[dict[str, float | None]] = []
+        self._file = (folder / METRICS).open("w", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / BOARD))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._board.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Write a step. A gradient norm that fp16 overflowed is null in JSON."""
+        values: dict[str, float | None] = {
+            "loss": record.loss,
+            "lr": record.lr,
+            "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
+            "images_per_second": round(record.images_per_second, 3),
+            "memory_bytes": record.memory_bytes,
+            "seconds": round(record.seconds, 4),
+        }
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(f"train/{name}", value, record.step)
+        line: dict[str, float | None] = {"step": record.step, **values}
+        if record.skipped:
+            line["skipped"] = True
+        self.lines.append(line)
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def picture(self, name: str, image: Image, step: int) -> None:
+        """Show a picture in TensorBoard."""
+        import numpy as np
+
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def scores(self, sums: Mapping[str, Mapping[str, Any]], step: int) -> None:
+        """Show the scores in TensorBoard."""
+        for name, values in sums.items():
+            for kind in ("score", "closed", "change"):
+                if values.get(kind) is not None:
+                    self._board.add_scalar(f"scores/{name}_{kind}", values[kind], step)

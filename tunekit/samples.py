@@ -1,0 +1,64 @@
+"""The pictures a run draws, each kept in its folder under who drew it, the prompt and the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit.evaluation.measure import picture_name
+from tunekit.evaluation.report import Timeline
+from tunekit.pictures import grid, save_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from pydantic import JsonValue
+
+    from tunekit.evaluation.measure import Question
+    from tunekit.inference import DrawSettings, Painter
+
+SAMPLE_PROMPTS = 2  # samples in training show that something happens; the evaluation judges
+
+
+class Samples:
+    """Draws into a folder, always with the same settings; `timelines` is what training showed."""
+
+    def __init__(self, folder: Path, question: Question, drawing: DrawSettings) -> None:
+        self.folder = folder
+        self.drawing = drawing
+        self.prompts = [question.told(prompt) for prompt in question.prompts[:SAMPLE_PROMPTS]]
+        self.seed = question.seeds[0]
+        self.timelines = [Timeline(prompt, self.seed, []) for prompt in self.prompts]
+
+    def draw(self, painter: Painter, who: str, prompt: str, seed: int) -> Image:
+        """Draw one picture and keep it."""
+        drawn = next(painter.draw_many([prompt], [seed], self.drawing))
+        save_png(drawn.image, self.folder / picture_name(who, prompt, seed), drawn.settings)
+        return drawn.image
+
+    def at_step(self, painter: Painter, step: int) -> Image:
+        """Draw the first prompts with the model as it is at `step`; return them as a grid."""
+        who = f"step-{step:06d}"
+        pictures = [self.draw(painter, who, prompt, self.seed) for prompt in self.prompts]
+        for timeline, picture in zip(self.timelines, pictures, strict=True):
+            timeline.pictures.append((step, picture))
+        sheet = grid(pictures, len(pictures), self.prompts)
+        about: dict[str, JsonValue] = {
+            "prompts": [*self.prompts],
+            "seeds": [self.seed],
+            "step": step,
+        }
+        save_png(sheet, self.folder / f"{who}.png", about)
+        return sheet
+
+    def drawer(
+        self, painter: Painter, who: str, tick: Callable[[str], None]
+    ) -> Callable[[str, int], Image]:
+        """Return (prompt, seed) -> picture, drawn by `painter` and kept under `who`."""
+
+        def draw(prompt: str, seed: int) -> Image:
+            picture = self.draw(painter, who, prompt, seed)
+            tick(prompt)
+            return picture
+
+        return draw
