@@ -198,14 +198,11 @@ class Lora(Adapter):
     def detach(self) -> None:
         for component, layers in self._layers.items():
             module = self._family.component(component)
-            for name, layer in layers.items():
-                layer.delete_adapter(_NAME)
-                if not layer.r:  # no other adapter is left in this layer
-                    module.set_submodule(name, layer.get_base_layer())
             configs: Any = module.peft_config
-            del configs[_NAME]
-            if not configs:
-                del module.peft_config
+            assert list(configs) == [_NAME], f"another adapter is on top: {list(configs)}"
+            for name, layer in layers.items():
+                module.set_submodule(name, layer.get_base_layer())
+            del module.peft_config
         self._layers = {}
 
 
@@ -235,7 +232,7 @@ def _inject(
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
-    assert _NAME not in getattr(module, "peft_config", {}), "an adapter is attached already"
+    assert not getattr(module, "peft_config", None), "an adapter is attached already"
     config = LoraConfig(
         r=rank,
         lora_alpha=rank * settings.scaling(),
@@ -257,8 +254,8 @@ def _initialise(layer: Any, seed: int, purpose: str) -> None:
     import torch
     from torch import nn
 
-    a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
-    assert a.dtype == b.dtype == torch.float32, "what trains is held in fp32"
+    # What trains is held in fp32, also on a base in half precision.
+    a, b = layer.lora_A[_NAME].float().weight, layer.lora_B[_NAME].float().weight
     first = torch.empty(a.shape)
     nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=seeding.generator(seed, purpose))
     with torch.no_grad():

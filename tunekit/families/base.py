@@ -34,7 +34,6 @@ SCHEDULERS: Mapping[str, str] = {
     "euler_a": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 
@@ -47,8 +46,8 @@ class Family(ABC):
     """A kind of base model: facts declared as class attributes, and the few methods they leave.
 
     An instance holds one base, frozen (`requires_grad` False, `eval()`), on one device. The
-    denoiser is always in memory; VAE and text encoders are loaded when first used and may be
-    released, after which the next use loads them again from the folder.
+    denoiser is always in memory; VAE and text encoders may be released, after which the next use
+    loads them again from the folder.
     """
 
     name: ClassVar[str]

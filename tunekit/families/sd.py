@@ -77,6 +77,8 @@ class StableDiffusion(Family):
         self.scheduler = scheduler.from_pretrained(folder.path, subfolder="scheduler")
         self.schedule = _noise_schedule(self.scheduler, folder.label)
         self.denoiser: nn.Module = self._module("unet")
+        # Needed first of all in every run; and a damaged file is found now, not in an hour.
+        self._module("text_encoder"), self._module("vae")
         self._vae_factor = 2 ** (len(folder.configs["vae"]["block_out_channels"]) - 1)
         size = folder.configs["unet"].get("sample_size") or 64
         self.default_resolution = (size if isinstance(size, int) else max(size)) * self._vae_factor

@@ -1,0 +1,383 @@
+"""What every adapter kind promises on every family, on tiny models of the real classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from tunekit import adapters, checkpoint, families
+from tunekit.adapters.base import Adapter
+from tunekit.data.dataset import Batch
+from tunekit.errors import UserError
+from tunekit.families.base import Family
+from tunekit.schema import Train
+from tunekit.train import train
+
+Load = Callable[..., Family]
+PROMPTS = ["a zorp robot on the beach", ""]
+
+# Settings that between them reach every branch of a kind; the contract holds for each.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {
+        "default": {},
+        "alpha": {"rank": 4, "alpha": 12.0, "targets": "attention+mlp"},
+        "full": {"rank": 3, "targets": "full"},
+        "patterns": {"targets": [r"attn2\.to_(k|v)", "conv1"]},
+        "text": {"rank": 4, "alpha": 2.0, "text_encoder": True, "text_encoder_rank": 2},
+        "dropout": {"rank": 4, "dropout": 0.5},
+    },
+}
+CASES = [
+    pytest.param(family, kind, settings, id=f"{family}-{kind}-{name}")
+    for family in families.names()
+    for kind in adapters.names()
+    for name, settings in VARIANTS[kind].items()
+]
+
+
+def attach(family: Family, kind: str, settings: dict[str, Any], seed: int = 0) -> Adapter:
+    chosen = adapters.get(kind)
+    return chosen.attach(family, chosen.Settings(kind=kind, **settings), seed)
+
+
+def teach(family: Family, adapter: Adapter, steps: int = 3) -> None:
+    size = family.default_resolution
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
+    text = adapter.trains_text_encoder
+    batch = Batch(
+        latents=family.encode_image(pixels),
+        conditioning={} if text else family.encode_prompt(PROMPTS),
+        names=("one.png", "two.png"),
+        captions=tuple(PROMPTS),
+    )
+    settings = Train(steps=steps, batch_size=2, learning_rate=0.01)
+    encode = family.encode_prompt if text else None
+    assert len(list(train(family, adapter, lambda *_: batch, settings, encode=encode))) == steps
+
+
+@torch.no_grad()
+def predict(family: Family) -> Tensor:
+    size = family.default_resolution
+    latents = family.encode_image(torch.zeros(2, 3, size, size))
+    noisy = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    return family.predict(noisy, torch.tensor([100, 900]), family.encode_prompt(PROMPTS))
+
+
+def snapshot(family: Family) -> dict[str, Any]:
+    """Return everything that attaching could leave behind: types, flags, attributes, weights."""
+    found: dict[str, Any] = {}
+    for component, module in {"denoiser": family.denoiser, **family.text_encoders}.items():
+        for name, child in module.named_modules():
+            found[f"{component}/{name}"] = (type(child), child.training, sorted(vars(child)))
+        for name, parameter in module.named_parameters():
+            found[f"{component}:{name}"] = (parameter.requires_grad, parameter.detach().clone())
+        for name, buffer in module.named_buffers():
+            found[f"{component}:{name}"] = (False, buffer.clone())
+    return found
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert list(before) == list(after)
+    for name, value in before.items():
+        if ":" in name:
+            assert value[0] == after[name][0], name
+            assert torch.equal(value[1], after[name][1]), name
+        else:
+            assert value == after[name], name
+
+
+def test_every_kind_is_held_to_the_contract() -> None:
+    assert set(VARIANTS) == set(adapters.names())
+    for kind, settings in adapters.settings_types().items():
+        assert settings.model_fields["kind"].default == kind
+        assert adapters.get(kind).kind == kind
+
+
+@pytest.mark.parametrize(("name", "kind", "settings"), CASES)
+class TestContract:
+    @pytest.fixture
+    def family(self, name: str, load_tiny: Load) -> Family:
+        return load_tiny(name)
+
+    def test_attached_it_changes_nothing_yet(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        before = predict(family)
+        adapter = attach(family, kind, settings)
+        assert torch.equal(predict(family), before)
+        own = {id(p) for p in adapter.trained().values()}
+        components = [family.denoiser, *family.text_encoders.values(), family.vae]
+        open_ = {id(p) for c in components for p in c.parameters() if p.requires_grad}
+        assert own == open_, "what trains is the adapter's, all of it and nothing else"
+        assert all(p.dtype == torch.float32 for p in adapter.trained().values())
+        assert adapter.parameter_count() == sum(p.numel() for p in adapter.trained().values())
+
+    def test_every_parameter_is_in_one_group(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        adapter = attach(family, kind, settings)
+        groups = adapter.parameter_groups()
+        grouped = [id(p) for group in groups for p in group.parameters]
+        assert sorted(grouped) == sorted(id(p) for p in adapter.trained().values())
+        assert groups[0].rate == "learning_rate"
+        rates = {group.rate for group in groups}
+        assert ("text_encoder_learning_rate" in rates) == adapter.trains_text_encoder
+
+    def test_it_trains_and_every_tensor_moves(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        adapter = attach(family, kind, settings)
+        first, before = adapter.state(), predict(family)
+        teach(family, adapter)
+        state = adapter.state()
+        assert not torch.equal(predict(family), before)
+        still = [name for name in state if torch.equal(state[name], first[name])]
+        assert not still, "these never learned"
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+    def test_state_round_trip(
+        self, family: Family, kind: str, settings: dict[str, Any], name: str, load_tiny: Load
+    ) -> None:
+        adapter = attach(family, kind, settings)
+        teach(family, adapter)
+        state, taught = adapter.state(), predict(family)
+        assert all(t.dtype == torch.float32 and not t.requires_grad for t in state.values())
+        other = load_tiny(name)
+        fresh = attach(other, kind, settings, seed=7)
+        fresh.load_state(state)
+        assert torch.equal(predict(other), taught)
+        assert all(torch.equal(state[key], value) for key, value in fresh.state().items())
+        next(iter(state.values())).zero_()
+        assert torch.equal(predict(family), taught), "a state shares no memory with what trains"
+
+    def test_a_state_that_does_not_fit_is_refused_whole(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        adapter = attach(family, kind, settings)
+        good, before = adapter.state(), predict(family)
+        teach(family, adapter, steps=1)
+        kept = adapter.state()
+        first = sorted(good)[0]
+        faults = {
+            "has no ": {k: v for k, v in good.items() if k != first},
+            "holds unknown x.y": good | {"x.y": torch.ones(1)},
+            "has another shape of ": good | {first: torch.ones(1)},
+        }
+        for fault, state in faults.items():
+            with pytest.raises(UserError, match=re.escape(fault)) as caught:
+                adapter.load_state(state)
+            assert "\n" not in str(caught.value)
+        assert all(torch.equal(kept[key], value) for key, value in adapter.state().items())
+        adapter.load_state(good)
+        assert torch.equal(predict(family), before)
+
+    def test_scale_0_is_the_base_and_1_is_what_was_taught(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        base = predict(family)
+        adapter = attach(family, kind, settings)
+        teach(family, adapter)
+        taught, exported = predict(family), adapter.export_state("diffusers")[0]
+        adapter.set_scale(0)
+        torch.testing.assert_close(predict(family), base, atol=1e-6, rtol=0)
+        adapter.set_scale(0.5)
+        assert not torch.equal(predict(family), taught)
+        scaled = adapter.export_state("diffusers")[0]
+        assert all(torch.equal(exported[key], value) for key, value in scaled.items())
+        adapter.set_scale(1)
+        assert torch.equal(predict(family), taught)
+
+    def test_detached_the_base_is_bit_for_bit_what_it_was(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        before, predicted = snapshot(family), predict(family)
+        for seed in range(2):  # and another one can be attached
+            adapter = attach(family, kind, settings, seed)
+            teach(family, adapter)
+            adapter.detach()
+            assert_same(before, snapshot(family))
+            assert torch.equal(predict(family), predicted)
+
+    def test_what_is_drawn_in_training_is_drawn_without_dropout(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        adapter = attach(family, kind, settings)
+        teach(family, adapter)
+        assert torch.equal(predict(family), predict(family))
+
+    def test_first_values_come_from_the_seed_and_the_name_alone(
+        self, family: Family, kind: str, settings: dict[str, Any], name: str, load_tiny: Load
+    ) -> None:
+        torch.manual_seed(1)
+        first = attach(family, kind, settings, seed=4).state()
+        follow = torch.rand(3)
+        torch.manual_seed(1)
+        assert torch.equal(torch.rand(3), follow), "the global stream was used"
+        torch.manual_seed(2)
+        again = attach(load_tiny(name), kind, settings, seed=4).state()
+        other = attach(load_tiny(name), kind, settings, seed=5).state()
+        assert first.keys() == again.keys()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+        assert any(not torch.equal(first[key], other[key]) for key in first)
+
+    def test_plain_diffusers_draws_the_same_from_the_exported_file(
+        self,
+        family: Family,
+        kind: str,
+        settings: dict[str, Any],
+        name: str,
+        load_tiny: Load,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        base = predict(family)
+        adapter = attach(family, kind, settings)
+        teach(family, adapter)
+        tensors, metadata = adapter.export_state("diffusers")
+        path = tmp_path / "adapter.safetensors"
+        checkpoint.write_safetensors(path, tensors, metadata)
+        assert "lora_adapter_metadata" not in metadata, "alpha stands in the tensors alone"
+        other = load_tiny(name)
+        capfd.readouterr()
+        other.pipeline().load_lora_weights(path)
+        said = capfd.readouterr().err
+        assert "unexpected" not in said
+        assert "missing" not in said
+        torch.testing.assert_close(predict(other), predict(family), atol=1e-5, rtol=0)
+        assert (predict(other) - base).abs().max() > 1e-3
+        loaded = sum(
+            p.numel()
+            for c in (other.denoiser, *other.text_encoders.values())
+            for n, p in c.named_parameters()
+            if "lora" in n
+        )
+        assert loaded == sum(t.numel() for t in tensors.values()), "every tensor is taken up"
+
+    def test_an_unknown_layout_is_refused(
+        self, family: Family, kind: str, settings: dict[str, Any]
+    ) -> None:
+        with pytest.raises(UserError, match=r"export\.layouts"):
+            attach(family, kind, settings).export_state("betamax")
+
+    def test_a_half_precision_base_is_taught_in_fp32(
+        self, kind: str, settings: dict[str, Any], name: str, load_tiny: Load
+    ) -> None:
+        family = load_tiny(name, dtype="bf16")
+        before = predict(family)
+        adapter = attach(family, kind, settings)
+        teach(family, adapter)
+        assert all(p.dtype == torch.float32 for p in adapter.trained().values())
+        assert not torch.equal(predict(family), before)
+
+
+class TestLora:
+    def settings(self, **values: Any) -> Any:
+        return adapters.get("lora").Settings(kind="lora", **values)
+
+    def test_the_default_is_all_of_attention_and_nothing_else(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        adapter = attach(family, "lora", {})
+        found = {
+            name.rpartition(".lora_")[0].removeprefix("denoiser.") for name in adapter.trained()
+        }
+        adapter.detach()
+        from diffusers.models.attention_processor import Attention
+
+        wanted = {
+            f"{name}.{part}"
+            for name, module in family.denoiser.named_modules()
+            if isinstance(module, Attention)
+            for part in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+        assert found == wanted
+
+    def test_a_second_one_is_a_mistake_of_ours(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        attach(family, "lora", {"targets": "full"})
+        with pytest.raises(AssertionError, match="attached already"):
+            attach(family, "lora", {"targets": ["base_layer"]})
+
+    def test_presets_grow_and_full_leaves_out_what_clients_refuse(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        found = {}
+        for preset in ("attention", "attention+mlp", "full"):
+            adapter = attach(family, "lora", {"targets": preset})
+            found[preset] = {name.rpartition(".lora_")[0] for name in adapter.trained()}
+            adapter.detach()
+        assert found["attention"] < found["attention+mlp"] < found["full"]
+        every = {
+            f"denoiser.{name}"
+            for name, module in family.denoiser.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        refused = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+        assert every - found["full"] == {f"denoiser.{name}" for name in refused}
+
+    def test_the_scale_stands_in_the_tensors(self, load_tiny: Load) -> None:
+        """W x + (alpha / rank) B A x, computed from the exported tensors by hand."""
+        family = load_tiny("sd")
+        adapter = attach(family, "lora", {"rank": 4, "alpha": 12.0})
+        teach(family, adapter)
+        tensors, metadata = adapter.export_state("diffusers")
+        name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+        layer: Any = family.denoiser.get_submodule(name)
+        a, b = (tensors[f"unet.{name}.lora_{x}.weight"] for x in "AB")
+        x = torch.randn(5, a.shape[1])
+        with torch.no_grad():
+            wanted = layer.base_layer(x) + x @ a.T @ b.T
+            torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
+            trained_b = adapter.trained()[f"denoiser.{name}.lora_B.weight"]
+            torch.testing.assert_close(b, 3 * trained_b)
+        assert metadata["tunekit.trained_alpha"] == "12.0"
+
+    def test_text_encoder_keys_are_those_that_every_client_reads(self, load_tiny: Load) -> None:
+        adapter = attach(load_tiny("sd"), "lora", {"text_encoder": True})
+        keys = adapter.export_state("diffusers")[0]
+        text = [key for key in keys if not key.startswith("unet.")]
+        assert text
+        assert all(key.startswith("text_encoder.text_model.encoder.layers.") for key in text)
+
+    def test_a_pattern_that_finds_nothing_is_refused_before_anything_changes(
+        self, load_tiny: Load
+    ) -> None:
+        family = load_tiny("sd")
+        before = snapshot(family)
+        with pytest.raises(UserError, match=r'adapter\.targets: "to_qq".*to_q'):
+            attach(family, "lora", {"targets": ["to_k", "to_qq"]})
+        with pytest.raises(UserError, match=r"adapter\.text_encoder_targets"):
+            attach(family, "lora", {"text_encoder": True, "text_encoder_targets": ["transformer"]})
+        assert_same(before, snapshot(family))
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"rank": 0},
+            {"rank": 2.5},
+            {"alpha": 0},
+            {"alpha": float("nan")},
+            {"dropout": 1.0},
+            {"targets": "atention"},
+            {"targets": []},
+            {"targets": ["(to_q"]},
+            {"text_encoder_rank": 4},
+            {"text_encoder_targets": "full"},
+            {"rnk": 3},
+        ],
+    )
+    def test_settings_that_mean_nothing_are_refused(self, values: dict[str, Any]) -> None:
+        with pytest.raises(ValidationError):
+            self.settings(**values)
+
+    def test_a_null_alpha_is_the_rank(self) -> None:
+        assert self.settings(rank=7).scaling() == 1
+        assert self.settings(rank=8, alpha=4.0).scaling() == 0.5
+        assert not self.settings().trains_text_encoder()
+        assert self.settings(text_encoder=True).trains_text_encoder()

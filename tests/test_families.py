@@ -1,0 +1,449 @@
+"""What every family promises, on tiny models of the real classes; then each family's own faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from tunekit import families
+from tunekit.errors import UserError
+from tunekit.families.base import SCHEDULERS, Family, PromptCutWarning
+from tunekit.schema import Base
+
+Folder = Callable[..., Path]
+Load = Callable[..., Family]
+PROMPT = "a zorp robot on the beach"
+FAMILIES = families.names()
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def refusal(model: Path | str, **settings: Any) -> str:
+    """Return the one line that loading this base is refused with."""
+    with pytest.raises(UserError) as caught:
+        families.load(Base(model=str(model), **settings))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert str(model) in line
+    return line
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert set(tiny.BUILDERS) == set(FAMILIES)
+
+
+def test_facts_are_declared_without_torch() -> None:
+    code = (
+        "import sys; from tunekit import adapters, families;"
+        "[families.get(n).lora_presets for n in families.names()]; adapters.settings_types();"
+        "assert not {'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_names_appear_only_in_their_own_files() -> None:
+    """Adding a family or an adapter kind is one file: no other file of the package knows it."""
+    from tunekit import adapters
+
+    root = Path(families.__file__).parent.parent
+    own = {root / "families" / f"{n}.py": n for n in FAMILIES}
+    own |= {root / "adapters" / f"{n}.py": n for n in adapters.names()}
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        for home, name in own.items():
+            if path != home:
+                found = re.search(rf"""["']{name}["']|\b(families|adapters)\.{name}\b""", text)
+                assert found is None, f"{path} names {found}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+class TestContract:
+    def test_a_folder_is_recognised(self, name: str, tiny_folder: Folder) -> None:
+        assert families.recognise(tiny_folder(name)) is families.get(name)
+        assert families.get(name).name == name
+
+    def test_the_base_is_frozen_and_in_eval_mode(self, name: str, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        for module in (family.denoiser, family.vae, *family.text_encoders.values()):
+            assert not module.training
+            assert not any(p.requires_grad for p in module.parameters())
+
+    @pytest.mark.parametrize("guidance", [1.0, 3.0])
+    def test_prediction_equals_that_of_the_family_s_own_pipeline(
+        self, name: str, guidance: float, load_tiny: Load
+    ) -> None:
+        family = load_tiny(name)
+        seen = record_denoiser(family, PROMPT, "a blue cat", guidance)
+        assert len(seen) == 3
+        prompts = ["a blue cat", PROMPT] if guidance > 1 else [PROMPT]
+        conditioning = family.encode_prompt(prompts)
+        for noisy, timestep, prediction in seen:
+            ours = family.predict(noisy, timestep.long().expand(len(prompts)), conditioning)
+            torch.testing.assert_close(ours, prediction, atol=1e-5, rtol=0)
+
+    def test_rows_of_a_batch_do_not_mix(self, name: str, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        noisy = torch.randn(2, *latent_shape(family))
+        timesteps = torch.tensor([3, 900])
+        both = family.predict(noisy, timesteps, family.encode_prompt([PROMPT, ""]))
+        for i, prompt in enumerate([PROMPT, ""]):
+            conditioning = family.encode_prompt([prompt])
+            alone = family.predict(noisy[i : i + 1], timesteps[i : i + 1], conditioning)
+            torch.testing.assert_close(both[i : i + 1], alone, atol=1e-5, rtol=0)
+
+    def test_latents_are_what_the_pipeline_decodes(self, name: str, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        size = family.default_resolution
+        pixels = torch.rand(2, 3, size, size + family.size_multiple) * 2 - 1
+        latents = family.encode_image(pixels)
+        assert latents.shape[:2] == (2, family.latent_channels)
+        assert latents.dtype == torch.float32
+        assert not latents.requires_grad
+        assert torch.equal(latents, family.encode_image(pixels)), "it must not be a random draw"
+        vae: Any = family.vae
+        wanted = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+        torch.testing.assert_close(latents, wanted, atol=1e-6, rtol=0)
+
+    def test_the_pipeline_is_built_around_the_same_modules(
+        self, name: str, load_tiny: Load
+    ) -> None:
+        family = load_tiny(name)
+        modules = {id(m) for m in family.pipeline().components.values()}
+        for module in (family.denoiser, family.vae, *family.text_encoders.values()):
+            assert id(module) in modules
+
+    # diffusers hands tensors to numpy in a way that numpy 2 calls outdated.
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+    @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS, "DDIMScheduler", "EULER"])
+    def test_schedulers_by_name(self, name: str, scheduler: str | None, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        first, second = family.pipeline(scheduler), family.pipeline(scheduler)
+        assert first.scheduler is not second.scheduler, "a scheduler has state"
+        wanted = "DDIMScheduler" if scheduler in (None, "DDIMScheduler") else None
+        wanted = wanted or SCHEDULERS[str(scheduler).lower()]
+        assert type(first.scheduler).__name__ == wanted
+        latents = first(PROMPT, num_inference_steps=2, output_type="latent").images
+        assert latents.isfinite().all()
+
+    def test_an_unknown_scheduler_is_refused_with_a_suggestion(
+        self, name: str, load_tiny: Load
+    ) -> None:
+        with pytest.raises(UserError, match=r'no scheduler "eulr".*did you mean "euler"'):
+            load_tiny(name).pipeline("eulr")
+
+    def test_what_was_released_comes_back_the_same(self, name: str, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        pixels = torch.zeros(1, 3, family.default_resolution, family.default_resolution)
+        before = family.encode_image(pixels), family.encode_prompt([PROMPT])
+        held = [id(family.vae), *map(id, family.text_encoders.values())]
+        family.release("vae", *family.text_encoders)
+        family.release("vae")  # what is not there is no fault
+        after = family.encode_image(pixels), family.encode_prompt([PROMPT])
+        assert torch.equal(before[0], after[0])
+        assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])
+        assert held  # ids only, so that nothing is kept alive here
+
+    def test_what_trains_is_not_released(self, name: str, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        encoder_name, encoder = next(iter(family.text_encoders.items()))
+        next(encoder.parameters()).requires_grad_(True)
+        with pytest.raises(AssertionError, match="trains"):
+            family.release(encoder_name)
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+    def test_files_are_cast_to_the_recipe_s_format(
+        self, name: str, dtype: str, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        folder = copy(tiny_folder(name), tmp_path / "half")
+        for path in folder.rglob("*.safetensors"):
+            half = {k: v.half() for k, v in load_file(path).items()}
+            save_file(half, path, {"format": "pt"})
+        family = families.load(Base(model=str(folder), dtype=dtype))
+        wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        for module in (family.denoiser, family.vae, *family.text_encoders.values()):
+            assert {p.dtype for p in module.parameters()} == {wanted}
+        assert family.encode_prompt([PROMPT])
+        noisy = torch.randn(1, *latent_shape(family))
+        prediction = family.predict(noisy, torch.tensor([5]), family.encode_prompt([PROMPT]))
+        assert prediction.isfinite().all()
+
+    def test_a_long_prompt_is_cut_out_loud(self, name: str, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        prompt = "a zorp robot " + "on the beach " * 40 + "wearing a hat"
+        assert family.cut_words(prompt).endswith("wearing a hat")
+        with pytest.warns(PromptCutWarning, match="wearing a hat"):
+            family.encode_prompt([prompt])
+
+    def test_a_prompt_that_just_fits_is_not_cut(self, name: str, load_tiny: Load) -> None:
+        family = load_tiny(name)
+        words = "a"
+        while not family.cut_words(words + " robot"):
+            words += " robot"
+        assert words != "a"
+        assert family.cut_words(words + " robot") == "robot"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            family.encode_prompt([words, "", PROMPT])
+
+    def test_loading_draws_nothing_from_the_global_stream(self, name: str, load_tiny: Load) -> None:
+        torch.manual_seed(5)
+        wanted = torch.rand(3)
+        torch.manual_seed(5)
+        load_tiny(name)
+        assert torch.equal(torch.rand(3), wanted)
+
+
+def latent_shape(family: Family) -> tuple[int, ...]:
+    pixels = torch.zeros(1, 3, family.default_resolution, family.default_resolution)
+    return tuple(family.encode_image(pixels).shape[1:])
+
+
+def record_denoiser(
+    family: Family, prompt: str, negative: str, guidance: float
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return (noisy, timestep, prediction) of each call the pipeline makes of the denoiser."""
+    seen = []
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((args[0].clone(), args[1].clone(), output[0].clone()))
+
+    handle = family.denoiser.register_forward_hook(hook, with_kwargs=True)
+    family.pipeline()(
+        prompt,
+        negative_prompt=negative,
+        num_inference_steps=3,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    )
+    handle.remove()
+    return seen
+
+
+class TestStableDiffusion:
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+    def test_what_is_predicted_is_read_from_the_scheduler(
+        self, prediction_type: str, load_tiny: Load
+    ) -> None:
+        family = load_tiny("sd", prediction_type=prediction_type)
+        assert family.schedule.prediction_type == prediction_type
+        assert len(family.schedule) == 1000
+        wanted = {"epsilon": "epsilon", "v_prediction": "v"}[prediction_type]
+        assert family.facts()["modelspec.prediction_type"] == wanted
+
+    def test_the_noise_schedule_is_that_of_the_files(self, load_tiny: Load) -> None:
+        from diffusers import DDPMScheduler
+
+        family = load_tiny("sd")
+        known = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        assert torch.equal(family.schedule.alphas_cumprod, known.alphas_cumprod)
+        cosine = load_tiny("sd", beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+        known = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        assert torch.equal(cosine.schedule.alphas_cumprod, known.alphas_cumprod)
+        zero = load_tiny("sd", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+        assert zero.schedule.alphas_cumprod[-1] == 0
+
+    def test_the_schedule_does_not_depend_on_the_sampler_a_folder_names(
+        self, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        """Euler keeps other numbers in alphas_cumprod, PNDM's file says no prediction type."""
+        from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+        plain = families.load(Base(model=str(tiny_folder("sd")))).schedule
+        for kind in (EulerDiscreteScheduler, PNDMScheduler):
+            folder = copy(tiny_folder("sd"), tmp_path / kind.__name__)
+            path = folder / "scheduler" / "scheduler_config.json"
+            config = json.loads(path.read_text()) | {"_class_name": kind.__name__}
+            del config["prediction_type"]
+            path.write_text(json.dumps(config))
+            rewrite_index(folder, scheduler=["diffusers", kind.__name__])
+            schedule = families.load(Base(model=str(folder))).schedule
+            assert torch.equal(schedule.alphas_cumprod, plain.alphas_cumprod)
+            assert schedule.prediction_type == "epsilon"
+
+    def test_key_names_carry_the_level_that_transformers_dropped(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        module = "encoder.layers.0.self_attn.q_proj"
+        wanted = f"text_encoder.text_model.{module}"
+        assert family.client_name("diffusers", "text_encoder", module) == wanted
+        assert family.client_name("diffusers", "text_encoder", f"text_model.{module}") == wanted
+        assert family.client_name("diffusers", "denoiser", "conv_in") == "unet.conv_in"
+        with pytest.raises(UserError, match="diffuser_s"):
+            family.client_name("diffuser_s", "denoiser", "conv_in")
+
+
+def rewrite_index(folder: Path, **entries: Any) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, tiny_folder: Folder, tmp_path: Path) -> Path:
+        return copy(tiny_folder("sd"), tmp_path / "base")
+
+    def test_another_model_is_named_with_what_is_needed(self, folder: Path) -> None:
+        rewrite_index(
+            folder,
+            _class_name="StableDiffusionXLPipeline",
+            text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+        )
+        line = refusal(folder)
+        assert "StableDiffusionXLPipeline" in line
+        assert "text_encoder_2 CLIPTextModelWithProjection" in line
+        assert "it needs for Stable Diffusion 1.x / 2.x: unet UNet2DConditionModel" in line
+
+    def test_an_inpainting_base_is_told_from_its_input_channels(self, folder: Path) -> None:
+        path = folder / "unet" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 9}))
+        assert "with 9 input channels" in refusal(folder)
+
+    def test_a_folder_that_is_no_model(self, tmp_path: Path) -> None:
+        (tmp_path / "picture.png").touch()
+        assert "no model_index.json, only picture.png" in refusal(tmp_path)
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        assert "there is no folder" in refusal(tmp_path / "none")
+        assert 'did you mean "toybox"' in refusal("toybx")
+
+    def test_a_single_file_is_refused_with_the_way_to_convert_it(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.safetensors"
+        path.touch()
+        assert "from_single_file" in refusal(path)
+
+    def test_a_wrong_family_name(self, folder: Path) -> None:
+        with pytest.raises(UserError, match='there is no family "sdx"'):
+            families.load(Base(model=str(folder), family="sdx"))
+
+    def test_a_broken_index(self, folder: Path) -> None:
+        (folder / "model_index.json").write_text("{")
+        assert "cannot be read as JSON" in refusal(folder)
+
+    def test_pickled_weights(self, folder: Path) -> None:
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+            folder / "unet" / "diffusion_pytorch_model.bin"
+        )
+        line = refusal(folder)
+        assert "unet/diffusion_pytorch_model.bin is a pickle" in line
+
+    def test_a_pickle_beside_safetensors_is_not_touched(self, folder: Path) -> None:
+        from test_checkpoint import Canary
+
+        canary = folder / "canary"
+        for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
+            torch.save(Canary(canary), folder / "unet" / name)
+        families.load(Base(model=str(folder)))
+        assert not canary.exists()
+
+    def test_a_pickle_renamed_safetensors(self, folder: Path) -> None:
+        from test_checkpoint import Canary
+
+        canary = folder / "canary"
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(Canary(canary), path)
+        assert "cannot be loaded" in refusal(folder)
+        assert not canary.exists()
+
+    def test_code_in_the_folder(self, folder: Path) -> None:
+        (folder / "unet" / "my_unet.py").write_text("raise SystemExit")
+        line = refusal(folder)
+        assert "carries code (unet/my_unet.py)" in line
+        assert "base.trust_remote_code" in line
+        families.load(Base(model=str(folder), trust_remote_code=True))
+
+    def test_missing_parts(self, folder: Path) -> None:
+        shutil.rmtree(folder / "tokenizer")
+        assert "has no folder tokenizer" in refusal(folder)
+
+    @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+    def test_weights_that_are_missing_are_not_made_up(
+        self, folder: Path, component: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = next((folder / component).glob("*.safetensors"))
+        tensors = load_file(path)
+        gone = sorted(tensors)[0]
+        del tensors[gone]
+        save_file(tensors, path, {"format": "pt"})
+        line = refusal(folder)
+        assert "1 weights are missing" in line
+        assert component in line
+
+    def test_a_truncated_file(self, folder: Path) -> None:
+        path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+        assert "cannot be loaded" in refusal(folder)
+
+    def test_a_variant_that_is_not_there(self, folder: Path) -> None:
+        line = refusal(folder, variant="fp16")
+        assert "base.variant" in line
+        assert "diffusion_pytorch_model.safetensors" in line
+
+    def test_a_variant_that_is_there(self, folder: Path) -> None:
+        for path in folder.rglob("*.safetensors"):
+            path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+        families.load(Base(model=str(folder), variant="fp16"))
+        assert "base.variant" in refusal(folder)
+
+    def test_a_prediction_type_that_cannot_be_trained(self, folder: Path) -> None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        config = json.loads(path.read_text()) | {"prediction_type": "flow_prediction"}
+        path.write_text(json.dumps(config))
+        assert "prediction_type flow_prediction" in refusal(folder)
+
+
+class TestHub:
+    def test_an_id_is_found_in_the_local_cache(
+        self, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        repo = tmp_path / "models--someone--tiny"
+        copy(tiny_folder("sd"), repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
+        family = families.load(Base(model="someone/tiny"))
+        assert family.label == "someone/tiny"
+        with pytest.raises(UserError, match="cannot be reached"):
+            families.load(Base(model="someone/tiny", revision="other"))
+
+    @pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {}])
+    def test_an_unreachable_hub_is_one_line(
+        self, environment: dict[str, str], tmp_path: Path
+    ) -> None:
+        """Once with nobody listening, once offline by setting, in a process of its own."""
+        code = (
+            "from tunekit import families; from tunekit.schema import Base\n"
+            "try: families.load(Base(model='someone/nothing'))\n"
+            "except ValueError as error: print(error)"
+        )
+        offline = {} if environment else {"HF_HUB_OFFLINE": "1"}
+        kept = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=kept | environment | offline | {"HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        line = done.stdout.strip()
+        assert "\n" not in line
+        assert "someone/nothing" in line
+        assert "the Hugging Face Hub cannot be reached" in line

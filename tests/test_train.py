@@ -1,0 +1,413 @@
+"""The loop: reproducible step by step, exact under accumulation, stopped before it does harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tunekit import adapters, diffusion, seeding
+from tunekit.adapters.base import Adapter
+from tunekit.data.dataset import Batch
+from tunekit.errors import UserError
+from tunekit.families.base import Family
+from tunekit.optim import ParameterGroup, build_optimizer, build_schedule, rate_factor
+from tunekit.schema import Train
+from tunekit.train import StepRecord, TrainingError, train
+
+Load = Callable[..., Family]
+CAPTIONS = ("a zorp robot", "a zorp robot on the beach", "a red robot", "")
+NAMES = tuple(f"zorp/{i}.png" for i in range(4))
+
+
+def attach(family: Family, seed: int = 0, **settings: Any) -> Adapter:
+    lora = adapters.get("lora")
+    return lora.attach(family, lora.Settings(kind="lora", **{"rank": 4} | settings), seed)
+
+
+class Pictures:
+    """Four pictures, handed out `size` at a time and in turn: micro-batch m of a step starts at
+    m * size."""
+
+    def __init__(self, family: Family, size: int = 4, text: bool = False) -> None:
+        edge = family.default_resolution
+        pixels = torch.rand(4, 3, edge, edge, generator=torch.Generator().manual_seed(9)) * 2 - 1
+        self.latents = family.encode_image(pixels)
+        self.conditioning = {} if text else family.encode_prompt(CAPTIONS)
+        self.size = size
+        self.asked: list[tuple[int, int]] = []
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        self.asked.append((step, micro))
+        rows = [(micro * self.size + i) % 4 for i in range(self.size)]
+        return Batch(
+            latents=self.latents[rows],
+            conditioning={key: value[rows] for key, value in self.conditioning.items()},
+            names=tuple(NAMES[i] for i in rows),
+            captions=tuple(CAPTIONS[i] for i in rows),
+        )
+
+
+def settings(**values: Any) -> Train:
+    return Train(**{"steps": 3, "batch_size": 4, "learning_rate": 1e-3} | values)
+
+
+def run(
+    load_tiny: Load, adapter: dict[str, Any] | None = None, size: int = 4, **values: Any
+) -> Any:
+    """Train afresh and return (state, records)."""
+    family = load_tiny("sd", prediction_type="v_prediction")
+    attached = attach(family, **adapter or {})
+    encode = family.encode_prompt if attached.trains_text_encoder else None
+    pictures = Pictures(family, size, text=encode is not None)
+    records = list(train(family, attached, pictures, settings(**values), encode=encode))
+    return attached.state(), records
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def untimed(records: Sequence[StepRecord]) -> list[StepRecord]:
+    timed = {"images_per_second": 0.0, "seconds": 0.0, "memory_bytes": 0}
+    return [dataclasses.replace(record, **timed) for record in records]
+
+
+class TestReproducibility:
+    @pytest.mark.parametrize(
+        "adapter", [{}, {"dropout": 0.3}, {"text_encoder": True, "targets": "full"}]
+    )
+    def test_the_same_seed_twice_is_bit_equal(
+        self, load_tiny: Load, adapter: dict[str, Any]
+    ) -> None:
+        torch.manual_seed(1)
+        first, records = run(load_tiny, adapter, noise_offset=0.05, min_snr_gamma=5.0)
+        torch.manual_seed(2)
+        second, again = run(load_tiny, adapter, noise_offset=0.05, min_snr_gamma=5.0)
+        assert_equal(first, second)
+        assert untimed(records) == untimed(again)
+
+    @pytest.mark.parametrize("adapter", [{}, {"dropout": 0.3}])
+    def test_another_seed_is_another_run(self, load_tiny: Load, adapter: dict[str, Any]) -> None:
+        first, _ = run(load_tiny, adapter)
+        other, _ = run(load_tiny, adapter, seed=1)
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+
+    def test_the_global_stream_is_left_alone(self, load_tiny: Load) -> None:
+        torch.manual_seed(3)
+        wanted = torch.rand(4)
+        torch.manual_seed(3)
+        run(load_tiny, {"dropout": 0.3})
+        assert torch.equal(torch.rand(4), wanted)
+
+    def test_any_step_can_be_computed_alone(self, load_tiny: Load) -> None:
+        """Step 2's loss, from the definition: the noise and timesteps hang on the seed alone."""
+        family = load_tiny("sd", prediction_type="v_prediction")
+        adapter, pictures = attach(family), Pictures(family)
+        chosen = settings(learning_rate=0.0, seed=11)
+        record = list(train(family, adapter, pictures, chosen))[2]
+        t = diffusion.sample_timesteps(family.schedule, 4, seeding.generator(11, "timesteps", 2))
+        noise = torch.stack(
+            [
+                torch.randn(
+                    pictures.latents.shape[1:], generator=seeding.generator(11, f"noise/{i}", 2)
+                )
+                for i in range(4)
+            ]
+        )
+        a = family.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        x = pictures.latents
+        with torch.no_grad():
+            prediction = family.predict(
+                a.sqrt() * x + (1 - a).sqrt() * noise, t, pictures.conditioning
+            )
+        wanted = a.sqrt() * noise - (1 - a).sqrt() * x
+        assert record.loss == pytest.approx((prediction - wanted).square().mean().item(), rel=1e-5)
+
+    def test_a_loop_started_later_goes_on_with_the_same_steps(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        pictures = Pictures(family)
+        whole = list(train(family, attach(family), pictures, settings(learning_rate=0.0)))
+        family = load_tiny("sd")
+        late = Pictures(family)
+        part = list(train(family, attach(family), late, settings(learning_rate=0.0), start=2))
+        assert untimed(part) == untimed(whole[2:])
+        assert late.asked == [(2, 0)]
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize("size", [1, 2])
+    @pytest.mark.parametrize("gamma", [None, 5.0])
+    def test_parts_equal_the_whole_batch(
+        self, load_tiny: Load, size: int, gamma: float | None
+    ) -> None:
+        whole, records = run(load_tiny, min_snr_gamma=gamma)
+        parts, again = run(
+            load_tiny,
+            size=size,
+            batch_size=size,
+            gradient_accumulation=4 // size,
+            min_snr_gamma=gamma,
+        )
+        for one, other in zip(records, again, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-5)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        for name in whole:
+            # Adam's first steps are the gradient's sign: where that is 0, rounding decides.
+            assert (whole[name] - parts[name]).abs().mean() < 2e-6, name
+
+    def test_gradients_equal_those_of_the_whole_batch(self, load_tiny: Load) -> None:
+        """Read off as the change by plain steps, which show a gradient as it is."""
+        gradients = []
+        for size in (4, 1):
+            family = load_tiny("sd")
+            adapter = attach(family)
+            seen = watch_gradients(adapter)
+            chosen = settings(
+                steps=1, batch_size=size, gradient_accumulation=4 // size, max_grad_norm=0.0
+            )
+            list(train(family, adapter, Pictures(family, size), chosen))
+            gradients.append(seen)
+        assert gradients[0].keys() == gradients[1].keys()
+        assert gradients[0]
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+
+    def test_batches_are_asked_for_in_order(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        pictures = Pictures(family, 2)
+        chosen = settings(steps=2, batch_size=2, gradient_accumulation=2)
+        list(train(family, attach(family), pictures, chosen))
+        assert pictures.asked == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def watch_gradients(adapter: Adapter) -> dict[str, Tensor]:
+    """Return a dict that fills with what has been accumulated in each parameter."""
+    seen: dict[str, Tensor] = {}
+    for name, parameter in adapter.trained().items():
+
+        def keep(p: Tensor, name: str = name) -> None:
+            assert p.grad is not None
+            seen[name] = p.grad.clone()
+
+        parameter.register_post_accumulate_grad_hook(keep)
+    return seen
+
+
+class TestGuards:
+    def broken(self, family: Family, row: int, value: float) -> Pictures:
+        pictures = Pictures(family)
+        plain = pictures.__call__
+
+        class Broken(Pictures):
+            def __init__(self) -> None:
+                self.asked = []
+
+            def __call__(self, step: int, micro: int) -> Batch:
+                batch = plain(step, micro)
+                if step < 2:
+                    return batch
+                latents = batch.latents.clone()
+                latents[row, 0, 0, 0] = value
+                return dataclasses.replace(batch, latents=latents)
+
+        return Broken()
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_loss_that_is_not_finite_stops_before_the_step(
+        self, load_tiny: Load, value: float
+    ) -> None:
+        family = load_tiny("sd")
+        adapter = attach(family)
+        steps = train(family, adapter, self.broken(family, 1, value), settings(steps=5))
+        next(steps), next(steps)
+        good = adapter.state()
+        with pytest.raises(TrainingError) as caught:
+            next(steps)
+        line = str(caught.value)
+        assert line.startswith("step 3 of 5: the loss is ")
+        assert "zorp/1.png (timestep " in line
+        assert "zorp/0.png" not in line, "only the picture at fault is named"
+        assert "train.learning_rate" in line
+        assert "\n" not in line
+        assert isinstance(caught.value, UserError)
+        assert (caught.value.step, caught.value.names) == (3, ("zorp/1.png",))
+        assert_equal(good, adapter.state())
+        assert all(p.grad is None for p in adapter.trained().values())
+
+    def test_a_gradient_that_is_not_finite_stops_before_the_step(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        adapter = attach(family)
+        steps = train(family, adapter, Pictures(family), settings(steps=5))
+        next(steps)
+        good = adapter.state()
+        parameter = next(iter(adapter.trained().values()))
+        parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+        with pytest.raises(TrainingError) as caught:
+            next(steps)
+        line = str(caught.value)
+        assert line.startswith("step 2 of 5: the gradient's norm is ")
+        assert all(name in line for name in NAMES)
+        assert_equal(good, adapter.state())
+
+    def test_weights_blown_up_by_the_rate_are_found(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        steps = train(
+            family,
+            attach(family, targets="full"),
+            Pictures(family),
+            settings(learning_rate=10.0, steps=2000),
+        )
+        with pytest.raises(TrainingError, match="it is 10"):
+            list(steps)
+
+    def test_fp16_without_a_gpu_is_refused_at_once(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
+            train(family, attach(family), Pictures(family), settings(precision="fp16"))
+
+
+class TestLearning:
+    @pytest.mark.parametrize("adapter", [{}, {"text_encoder": True, "dropout": 0.2}])
+    def test_a_rate_of_0_changes_nothing(self, load_tiny: Load, adapter: dict[str, Any]) -> None:
+        family = load_tiny("sd")
+        attached = attach(family, **adapter)
+        before = attached.state()
+        encode = family.encode_prompt if attached.trains_text_encoder else None
+        pictures = Pictures(family, text=encode is not None)
+        chosen = settings(learning_rate=0.0, weight_decay=0.1)
+        records = list(train(family, attached, pictures, chosen, encode=encode))
+        assert_equal(before, attached.state())
+        assert all(r.lr == 0 and r.grad_norm > 0 for r in records)
+
+    @pytest.mark.parametrize(("text_rate", "moves"), [(0.0, False), (1e-3, True)])
+    def test_the_text_encoder_has_a_rate_of_its_own(
+        self, load_tiny: Load, text_rate: float, moves: bool
+    ) -> None:
+        family = load_tiny("sd")
+        adapter = attach(family, text_encoder=True)
+        before = adapter.state()
+        chosen = settings(text_encoder_learning_rate=text_rate)
+        pictures = Pictures(family, text=True)
+        list(train(family, adapter, pictures, chosen, encode=family.encode_prompt))
+        for name, value in adapter.state().items():
+            moved = not torch.equal(before[name], value)
+            assert moved is (moves or name.startswith("denoiser.")), name
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_one_picture_is_learned(self, load_tiny: Load, precision: str) -> None:
+        """The error at fixed noise and timesteps falls; the two share a process."""
+        family = load_tiny("sd", prediction_type="v_prediction")
+        adapter, pictures = attach(family, targets="full", rank=8), Pictures(family)
+        before = error(family, pictures)
+        chosen = settings(steps=60, learning_rate=5e-3, precision=precision)
+        records = list(train(family, adapter, pictures, chosen))
+        assert all(p.dtype == torch.float32 for p in adapter.trained().values())
+        assert error(family, pictures) < 0.7 * before
+        assert records[-1].loss < records[0].loss
+
+    def test_clipping_shortens_the_step_and_reports_the_norm_before(self, load_tiny: Load) -> None:
+        for limit in (1e-3, 0.0):
+            family = load_tiny("sd")
+            adapter = attach(family)
+            clipped: dict[str, float] = {}
+
+            def look(optimizer: Any, *_: Any, clipped: dict[str, float] = clipped) -> None:
+                grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+                clipped["norm"] = torch.stack([g.norm() for g in grads]).norm().item()
+
+            handle = register_optimizer_step_pre_hook(look)
+            chosen = settings(steps=1, max_grad_norm=limit)
+            record = next(train(family, adapter, Pictures(family), chosen))
+            handle.remove()
+            assert record.grad_norm > 1e-3
+            wanted = limit or record.grad_norm
+            assert clipped["norm"] == pytest.approx(wanted, rel=1e-2)
+
+    def test_between_steps_the_adapter_draws_without_dropout(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        adapter = attach(family, dropout=0.5)
+        pictures = Pictures(family)
+        for _ in train(family, adapter, pictures, settings()):
+            assert error(family, pictures) == error(family, pictures)
+            assert all(p.grad is None for p in adapter.trained().values())
+
+    def test_records_say_what_happened(self, load_tiny: Load) -> None:
+        _, records = run(load_tiny, steps=4, schedule="linear")
+        assert [r.step for r in records] == [1, 2, 3, 4]
+        assert {r.steps for r in records} == {4}
+        assert [r.lr for r in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+        for record in records:
+            assert record.loss > 0
+            assert record.grad_norm > 0
+            assert record.images_per_second == pytest.approx(4 / record.seconds)
+            assert record.memory_bytes > 50_000_000
+            assert not record.skipped
+
+
+@torch.no_grad()
+def error(family: Family, pictures: Pictures) -> float:
+    t = torch.tensor([100, 400, 700, 950])
+    noise = torch.randn(pictures.latents.shape, generator=torch.Generator().manual_seed(4))
+    noisy = diffusion.add_noise(family.schedule, pictures.latents, noise, t)
+    prediction = family.predict(noisy, t, pictures.conditioning)
+    wanted = diffusion.target(family.schedule, pictures.latents, noise, t)
+    return (prediction - wanted).square().mean().item()
+
+
+class TestSchedules:
+    def factors(self, **values: Any) -> list[float]:
+        chosen = settings(**values)
+        return [rate_factor(chosen, step) for step in range(chosen.steps)]
+
+    def test_constant(self) -> None:
+        assert self.factors(steps=5) == [1.0] * 5
+
+    def test_warm_up_reaches_the_peak_and_wastes_no_step(self) -> None:
+        assert self.factors(steps=6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+    def test_linear(self) -> None:
+        assert self.factors(steps=4, schedule="linear") == [1.0, 0.75, 0.5, 0.25]
+        assert self.factors(steps=6, schedule="linear", warmup_steps=2) == [
+            0.5, 1.0, 1.0, 0.75, 0.5, 0.25,
+        ]  # fmt: skip
+
+    def test_cosine(self) -> None:
+        wanted = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+        assert self.factors(steps=8, schedule="cosine") == pytest.approx(wanted)
+
+    def test_every_group_keeps_its_own_peak(self) -> None:
+        chosen = settings(
+            steps=4, schedule="linear", learning_rate=1.0, text_encoder_learning_rate=0.1
+        )
+        groups = [
+            ParameterGroup("denoiser", [nn.Parameter(torch.ones(1))]),
+            ParameterGroup("text", [nn.Parameter(torch.ones(1))], "text_encoder_learning_rate"),
+        ]
+        optimizer = build_optimizer(chosen, groups)
+        set_rates = build_schedule(chosen, optimizer)
+        assert set_rates(2) == 0.5
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5, 0.05])
+        assert set_rates(0) == 1.0
+
+    def test_adamw_equals_its_definition(self) -> None:
+        """Three steps of Loshchilov & Hutter's algorithm 2 by hand, in float64."""
+        chosen = settings(learning_rate=0.1, weight_decay=0.2, betas=[0.8, 0.9])
+        parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = build_optimizer(chosen, [ParameterGroup("all", [parameter])])
+        x, m, v = torch.tensor([1.0, -2.0]).double(), torch.zeros(2), torch.zeros(2)
+        for step, gradient in enumerate(torch.tensor([[0.5, -1.0], [0.1, 2.0], [-0.3, 0.7]]), 1):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+            m, v = 0.8 * m + 0.2 * gradient.double(), 0.9 * v + 0.1 * gradient.double() ** 2
+            ahead = (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-8)
+            x = x - 0.1 * (ahead + 0.2 * x)
+            torch.testing.assert_close(parameter.detach().double(), x, atol=1e-6, rtol=0)
