@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
 CHANNELS = (32, 64, 128, 160)
-HEADS = (2, 2, 4, 4)  # few heads: on a CPU attention over 256 tokens costs by the head
+HEADS = (1, 2, 4, 4)  # few heads: on a CPU attention over 256 tokens costs by the head
 CAPTION_DROPOUT = 0.1  # teaches the empty caption that guidance steers away from
 
 
@@ -48,7 +48,7 @@ def scheduler() -> DDIMScheduler:
 
     return DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=0, prediction_type="v_prediction",
+        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
         timestep_spacing="trailing",
     )  # fmt: skip
 
