@@ -13,11 +13,11 @@ from tunekit.families import Family
 from tunekit.recipe import Recipe
 
 
-def recipe_for(base: Path, **sections: dict[str, Any]) -> Recipe:
-    """Return a recipe for the base folder; `sections` are laid over its own."""
+def recipe_for(folder: Path, /, **sections: dict[str, Any]) -> Recipe:
+    """Return a recipe for the base in `folder`; `sections` are laid over its own."""
     tree: dict[str, dict[str, Any]] = {
-        "base": {"model": str(base)},
-        "data": {"source": str(base), "trigger": "zorp", "class": "robot"},
+        "base": {"model": str(folder)},
+        "data": {"source": str(folder), "trigger": "zorp", "class": "robot"},
         "adapter": {"kind": "lora", "rank": 4, "alpha": 6.0},
         "evaluate": {"steps": 3},
     }

@@ -85,7 +85,8 @@ def generate(
 
     out: default ``generated/NAME-001`` (or the next free number) in the working directory, never in
     the run's own folder, which ``train --overwrite`` clears. overwrite: whether `out` may hold
-    pictures of an earlier call; those of the same name are replaced. progress: called with every picture once it is written.
+    pictures of an earlier call; those of the same name are replaced. progress: called with every
+    picture once it is written.
 
     Raises UserError where something is missing, unsafe, unknown or contradictory; nothing is
     written before everything has been loaded.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MODELSPEC = "1.0.1"  # https://github.com/Stability-AI/ModelSpec
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _SECRET_QUERY = re.compile(
-    r"(?i)([?&][^=&\s]*(?:token|key|secret|signature|password)[^=&\s]*=)[^&\s]+"
+    r"(?i)([?&][^=&\s]*(?:token|key|secret|signature|password)[^=&\s]*=)[^&\s\"']+"
 )
 _TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}")
 _SECRET_NAME = re.compile(r"(?i)token|secret|passw|api_?key|credential")
@@ -66,11 +66,13 @@ def file_metadata(
         "ss_training_comment": f"trained with tunekit {tunekit.__version__}",
         "tunekit.version": tunekit.__version__,
         "tunekit.base": name,
-        "tunekit.recipe": json.dumps(travelling(recipe), ensure_ascii=False, sort_keys=True),
     }
     if count is not None:
         metadata["ss_num_train_images"] = str(count)
-    return {key: without_secrets(text) for key, text in sorted(metadata.items())}
+    clean = {key: without_secrets(text) for key, text in metadata.items()}
+    # Cleaned value by value, because what is cut from JSON as a text may be no JSON afterwards.
+    clean["tunekit.recipe"] = json.dumps(travelling(recipe), ensure_ascii=False, sort_keys=True)
+    return dict(sorted(clean.items()))
 
 
 def travelling(recipe: Recipe) -> dict[str, Any]:
