@@ -10,9 +10,26 @@ import os
 import sys
 from pathlib import Path
 
-STAGES = ("pictures", "clip", "vae", "judge", "subject", "unet", "assemble", "assess")
+STAGES = (
+    "pictures",
+    "clip",
+    "vae",
+    "judge",
+    "subject",
+    "clip-vision",
+    "unet",
+    "assemble",
+    "assess",
+)
 COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13)}
-STEPS = {"clip": 550, "vae": 6_000, "judge": 1_500, "subject": 1_500, "unet": 6_000}
+STEPS = {
+    "clip": 550,
+    "clip-vision": 1_200,
+    "vae": 6_000,
+    "judge": 1_500,
+    "subject": 1_500,
+    "unet": 6_000,
+}
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
@@ -67,6 +84,10 @@ def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
         if not (work / "tokenizer").exists():
             words.train_tokenizer([f["caption"] for f in data.facts], work / "tokenizer")
         clip.train(work, data, steps)
+    elif name == "clip-vision":
+        from tunekit.toybox.pretrain import clip
+
+        clip.train_vision(work, rendered("full"), steps)
     elif name == "vae":
         from tunekit.toybox.pretrain import vae
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tunekit.toybox import world
 from tunekit.toybox.pretrain.common import Frugal, Stage, batches, device
 from tunekit.toybox.pretrain.pictures import Pictures
 from tunekit.toybox.pretrain.words import LENGTH, load_tokenizer
@@ -79,3 +80,69 @@ def train(work: Path, data: Pictures, steps: int, batch: int = 128, seed: int = 
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
     return folder
+
+
+def _swapped(facts: dict[str, Any], rng: np.random.Generator) -> list[str]:
+    """Four captions that differ in one word: three in the subject, one in the colour if told."""
+    caption, colour = facts["caption"], facts["colour"]
+    others = rng.permutation([w for w in world.FULL.subjects if w != facts["subject"]])
+    told = [caption.replace(facts["subject"], str(w), 1) for w in others[:4]]
+    if colour in caption:
+        other = str(rng.choice([c for c in world.FULL.colours if c != colour]))
+        told[3] = caption.replace(colour, other, 1)
+    return told
+
+
+@torch.no_grad()
+def _pooled(model: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    rows = []
+    for start in range(0, len(captions), 256):
+        ids = tokenizer(captions[start : start + 256], padding="max_length", truncation=True,
+                        max_length=LENGTH, return_tensors="pt").input_ids  # fmt: skip
+        rows.append(model.text_model(ids.to(device())).pooler_output.cpu())
+    return torch.cat(rows)
+
+
+def train_vision(work: Path, data: Pictures, steps: int, batch: int = 128, seed: int = 6) -> Path:
+    """Train the vision tower on, against the locked text tower (Zhai et al. 2022, LiT).
+
+    Contrast among random pictures is soon won by place and style; here each picture must also
+    choose its own caption before four that differ in the subject or the colour alone. The text
+    tower stays as it is, since the denoiser has learned its features.
+    """
+    from transformers import CLIPModel
+
+    tokenizer = load_tokenizer(work / "tokenizer")
+    model: CLIPModel = CLIPModel.from_pretrained(work / "clip", attn_implementation="eager")
+    model.to(device()).train()
+    model.text_model.requires_grad_(False)
+    stage = Stage(work / "clip-vision-training", {"clip": model}, Frugal([model], lr=1e-3), steps,
+                  ema=0.998)  # fmt: skip
+    rows = np.array([i for i, f in enumerate(data.facts) if f["figures"] == 1])
+    rng = np.random.default_rng(seed)
+    own = _pooled(model, tokenizer, [data.facts[i]["caption"] for i in rows])
+    others = _pooled(
+        model, tokenizer, [c for i in rows for c in _swapped(data.facts[i], rng)]
+    ).view(len(rows), 4, -1)
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        at = np.fromiter(batches(len(rows), batch, number, seed), np.int64)
+        pixels = to_tensor(data.pixels[rows[at]]).to(device())
+        with torch.autocast(device().type, torch.bfloat16):
+            seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        seen = F.normalize(seen.float(), dim=-1)
+        texts = F.normalize(model.text_projection(own[at].to(device())), dim=-1)
+        wrong = F.normalize(model.text_projection(others[at].to(device())), dim=-1)
+        scale = model.logit_scale.exp()
+        logits = scale * seen @ texts.T
+        hard = scale * torch.einsum("bd,bkd->bk", seen, wrong)
+        same = torch.arange(batch, device=logits.device)
+        by_picture = F.cross_entropy(torch.cat([logits, hard], 1), same)
+        with torch.no_grad():
+            hit = (logits.diagonal()[:, None] > hard).all(1).float().mean()
+        return {"loss": by_picture + F.cross_entropy(logits.T, same), "hit": hit}
+
+    stage.run(step, batch)
+    model.load_state_dict(stage.averaged("clip"))
+    model.eval().save_pretrained(work / "clip")
+    return work / "clip"
