@@ -165,6 +165,10 @@ class TestContract:
         next(encoder.parameters()).requires_grad_(True)
         with pytest.raises(AssertionError, match="trains"):
             family.release(encoder_name)
+        encoder.requires_grad_(False).register_parameter("more", torch.nn.Parameter(torch.ones(1)))
+        encoder.requires_grad_(False)
+        with pytest.raises(AssertionError, match="attached"):
+            family.release(encoder_name)
 
     @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
     def test_files_are_cast_to_the_recipe_s_format(
@@ -276,6 +280,39 @@ class TestStableDiffusion:
             schedule = families.load(Base(model=str(folder))).schedule
             assert torch.equal(schedule.alphas_cumprod, plain.alphas_cumprod)
             assert schedule.prediction_type == "epsilon"
+
+    def test_files_of_older_libraries_are_read_without_a_word(
+        self, tiny_folder: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """transformers 4 wrote one more level and a buffer, and tokenizers as two files."""
+        plain = families.load(Base(model=str(tiny_folder("sd"))))
+        folder = copy(tiny_folder("sd"), tmp_path / "old")
+        path = folder / "text_encoder" / "model.safetensors"
+        tensors = {f"text_model.{key}": value for key, value in load_file(path).items()}
+        tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+        save_file(tensors, path, {"format": "pt"})
+        bpe = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+        merges = "".join(f"{first} {second}\n" for first, second in bpe["merges"])
+        (folder / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+        capfd.readouterr()
+        old = families.load(Base(model=str(folder)))
+        assert capfd.readouterr() == ("", "")
+        for prompt in (PROMPT, "Zörp's 3 robots!", ""):
+            wanted, got = plain.encode_prompt([prompt]), old.encode_prompt([prompt])
+            assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+
+    def test_a_tokenizer_that_does_not_say_its_length_takes_the_encoder_s(
+        self, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        folder = copy(tiny_folder("sd"), tmp_path / "base")
+        path = folder / "tokenizer" / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        del config["model_max_length"]
+        path.write_text(json.dumps(config))
+        family = families.load(Base(model=str(folder)))
+        assert family.cut_words("robot " * 20).split() == ["robot"] * 6
 
     def test_key_names_carry_the_level_that_transformers_dropped(self, load_tiny: Load) -> None:
         family = load_tiny("sd")
@@ -399,6 +436,19 @@ class TestRefusals:
             path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
         families.load(Base(model=str(folder), variant="fp16"))
         assert "base.variant" in refusal(folder)
+
+    def test_a_broken_tokenizer(self, folder: Path) -> None:
+        (folder / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
+        assert "tokenizer: cannot be loaded" in refusal(folder)
+
+    @pytest.mark.parametrize("name", ["DiffusionPipeline", "NoSuchScheduler", "os"])
+    def test_a_scheduler_that_is_none(self, folder: Path, name: str) -> None:
+        rewrite_index(folder, scheduler=["diffusers", name])
+        assert "names no scheduler of diffusers" in refusal(folder)
+
+    def test_a_missing_scheduler_config(self, folder: Path) -> None:
+        (folder / "scheduler" / "scheduler_config.json").unlink()
+        assert "scheduler: cannot be loaded" in refusal(folder)
 
     def test_a_prediction_type_that_cannot_be_trained(self, folder: Path) -> None:
         path = folder / "scheduler" / "scheduler_config.json"

@@ -82,7 +82,7 @@ class ModelFolder:
         configs = {
             name: _read_json(path / name / "config.json")
             for name in model_index
-            if (path / name / "config.json").is_file()
+            if name.isidentifier() and (path / name / "config.json").is_file()
         }
         return cls(path, label, model_index, configs, fetch)
 
@@ -104,7 +104,7 @@ class ModelFolder:
                 raise UserError(
                     f"base.revision: {base.model} has no revision {base.revision}"
                 ) from None
-            except errors.RepositoryNotFoundError:
+            except (errors.RepositoryNotFoundError, errors.HFValidationError):
                 raise UserError(
                     f"base.model: there is no folder {base.model} here, and no such model on the "
                     "Hugging Face Hub (or it is private: log in with `hf auth login`)"

@@ -191,6 +191,8 @@ class Lora(Adapter):
                 layer.set_scale(_NAME, scale)
 
     def train(self, mode: bool = True) -> None:
+        if not self._settings.dropout:
+            return  # hundreds of layers, and nothing in them to switch
         for layers in self._layers.values():
             for layer in layers.values():
                 layer.lora_dropout[_NAME].train(mode)

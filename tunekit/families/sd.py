@@ -60,9 +60,7 @@ class StableDiffusion(Family):
     }
 
     def __init__(self, base: Base, device: torch.device, folder: ModelFolder) -> None:
-        import diffusers
         import torch
-        from transformers import CLIPTokenizer
 
         self.label = folder.label
         self.device = device
@@ -72,13 +70,18 @@ class StableDiffusion(Family):
         self._folder = folder.path
         self._variant = base.variant
         self._loaded: dict[str, nn.Module] = {}
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder.path / "tokenizer")
-        scheduler = getattr(diffusers, folder.model_index["scheduler"][1])
-        self.scheduler = scheduler.from_pretrained(folder.path, subfolder="scheduler")
+        self._weights: dict[str, int] = {}
+        self.tokenizer: Any = _tokenizer(folder.path)
+        self.scheduler: Any = _scheduler(folder)
         self.schedule = _noise_schedule(self.scheduler, folder.label)
         self.denoiser: nn.Module = self._module("unet")
         # Needed first of all in every run; and a damaged file is found now, not in an hour.
-        self._module("text_encoder"), self._module("vae")
+        self._module("vae")
+        encoder: Any = self._module("text_encoder")
+        # Some tokenizers do not say how much the encoder reads.
+        self.tokenizer.model_max_length = min(
+            self.tokenizer.model_max_length, encoder.config.max_position_embeddings
+        )
         self._vae_factor = 2 ** (len(folder.configs["vae"]["block_out_channels"]) - 1)
         size = folder.configs["unet"].get("sample_size") or 64
         self.default_resolution = (size if isinstance(size, int) else max(size)) * self._vae_factor
@@ -128,6 +131,7 @@ class StableDiffusion(Family):
     def _module(self, name: str) -> nn.Module:
         if name not in self._loaded:
             module = _load(self._folder, name, self.dtype, self._variant)
+            self._weights[name] = sum(1 for _ in module.parameters())
             self._loaded[name] = module.to(self.device).requires_grad_(False).eval()
         return self._loaded[name]
 
@@ -204,6 +208,8 @@ class StableDiffusion(Family):
             if module is None:
                 continue
             assert not any(p.requires_grad for p in module.parameters()), f"{name} trains"
+            extra = sum(1 for _ in module.parameters()) - self._weights[name]
+            assert not extra, f"an adapter is attached to {name}"
             del self._loaded[name], module
         gc.collect()
         if self.device.type == "cuda":
@@ -236,6 +242,30 @@ class StableDiffusion(Family):
             "ss_base_model_version": version,
             "ss_v2": str(width == 1024),
         }
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        line = " ".join(str(error).split())
+        raise UserError(f"{folder / 'tokenizer'}: cannot be loaded: {line[:300]}") from error
+
+
+def _scheduler(folder: ModelFolder) -> Any:
+    import diffusers
+
+    name = folder.model_index["scheduler"][1]
+    kind = getattr(diffusers, name, None) if str(name).endswith("Scheduler") else None
+    if kind is None:
+        raise UserError(f"{folder.label}: model_index.json names no scheduler of diffusers: {name}")
+    try:
+        return kind.from_pretrained(folder.path, subfolder="scheduler", local_files_only=True)
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{folder.label}: scheduler: cannot be loaded: {line[:300]}") from None
 
 
 def _noise_schedule(scheduler: Any, label: str) -> NoiseSchedule:
