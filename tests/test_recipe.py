@@ -335,6 +335,11 @@ def test_paths_are_found_from_the_working_directory_or_from_the_recipe(
     assert found.data.source == str(folder / "pictures")
     assert found.base.model == str(folder / "model")
 
+    run = folder / "runs/good"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(dump_yaml(here))
+    assert load_recipe(run / "recipe.yaml") == found, "a resolved recipe runs again from anywhere"
+
     (elsewhere / "pictures").mkdir()
     assert load_recipe(Path("../recipes/good.yaml")).data.source == "pictures"
 

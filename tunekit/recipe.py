@@ -92,8 +92,9 @@ def _at(loc: Key, problem: str, value: Any) -> ValidationError:
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, what it extends, and ``KEY=VALUE`` overrides.
 
-    Paths in it are looked up in the working directory, in the folder of the file that names them,
-    and in that folder's parent (the project that keeps it in ``recipes/``), in this order.
+    Paths in it are looked for in the working directory, in the folder of the file that names them,
+    and in the two folders above that (a project keeps recipes in ``recipes/``, and the resolved
+    ones in ``runs/NAME/``), in this order.
 
     Raises RecipeError with every fault found, each with its file and line or its override.
     """
@@ -160,8 +161,7 @@ def _find_paths(source: Source, sections: Mapping[str, type[schema.Section]]) ->
             kind, text = extra(field, "x-path"), values.get(key)
             if kind is None or not isinstance(text, str) or not text:
                 continue
-            place = source.place((name, key))
-            roots = [Path()] + ([place.folder, place.folder.parent] if place.folder else [])
+            roots = _roots(source.place((name, key)).folder)
             found = _first_found(text, roots)
             if found is not None:
                 if kind == "folder" and not Path(found).is_dir():
@@ -169,6 +169,14 @@ def _find_paths(source: Source, sections: Mapping[str, type[schema.Section]]) ->
                 values[key] = found
             elif kind == "folder" or not _may_be_remote(text):
                 yield source.fault((name, key), _not_found(text, roots, kind))
+
+
+def _roots(folder: Path | None) -> list[Path]:
+    """Return where a path is looked for: here, then from the file's folder up to its project's."""
+    if folder is None:
+        return [Path()]
+    folder = Path(os.path.abspath(folder))
+    return [Path(), folder, *folder.parents[:2]]
 
 
 def _first_found(text: str, roots: Sequence[Path]) -> str | None:
