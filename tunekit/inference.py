@@ -159,19 +159,29 @@ class Painter:
             if cut := family.cut_words(text):
                 told = f'the model never sees the end of this prompt: "{cut}" (of "{text}")'
                 warnings.warn(told, PromptCutWarning, stacklevel=3)
-        pipeline = family.pipeline(settings.scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        with undisturbed(family, family.vae), self._at(settings.scale):
-            pixels = pipeline(
-                prompt,
-                negative_prompt=settings.negative_prompt,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                width=width,
-                height=height,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="np",
-            ).images[0]
+        with (
+            _tolerating_old_numpy_calls(),
+            undisturbed(family, family.vae),
+            self._at(settings.scale),
+        ):
+            pipeline = family.pipeline(settings.scheduler)
+            pipeline.set_progress_bar_config(disable=True)
+            try:
+                pixels = pipeline(
+                    prompt,
+                    negative_prompt=settings.negative_prompt,
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
+                    width=width,
+                    height=height,
+                    generator=torch.Generator("cpu").manual_seed(seed),
+                    output_type="np",
+                ).images[0]
+            except ValueError as fault:
+                if settings.scheduler is None or isinstance(fault, UserError):
+                    raise
+                said = f"{settings.scheduler} cannot draw in {settings.steps} steps"
+                raise UserError(f"scheduler: {said}: {' '.join(str(fault).split())}") from fault
         stored: dict[str, JsonValue] = {
             "prompt": prompt,
             "negative_prompt": settings.negative_prompt,
@@ -186,7 +196,7 @@ class Painter:
             "adapters": list(self._adapters),
             "version": tunekit.__version__,
         }
-        return _to_image(pixels, prompt, seed), stored
+        return _to_image(pixels, stored), stored
 
     def _edge(self, name: str, pixels: int | None) -> int:
         if pixels is None:
@@ -214,15 +224,24 @@ class Painter:
             self._set_scale(1.0)
 
 
-def _to_image(pixels: Any, prompt: str, seed: int) -> Image.Image:
+@contextlib.contextmanager
+def _tolerating_old_numpy_calls() -> Iterator[None]:
+    """Hold back what numpy says of how diffusers' schedulers call it: nobody here can mend that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="__array", category=DeprecationWarning)
+        yield
+
+
+def _to_image(pixels: Any, settings: dict[str, JsonValue]) -> Image.Image:
     """Turn [H, W, 3] in 0..1 into a picture, as diffusers does, but never NaN into black."""
     import numpy as np
     from PIL import Image
 
     if not np.isfinite(pixels).all():
         raise UserError(
-            f'the picture of "{prompt}" with seed {seed} is not a number (NaN): the adapter or the '
-            "base is broken, or its format too narrow (try base.dtype: fp32, or a lower scale)"
+            f'the picture of "{settings["prompt"]}" with seed {settings["seed"]} is not a number '
+            f"(NaN): the adapter or the base is broken, or {settings['scheduler']} cannot draw in "
+            f"{settings['steps']} steps, or the base's number format is too narrow (base.dtype)"
         )
     return Image.fromarray((pixels * 255).round().astype("uint8"))
 

@@ -29,6 +29,7 @@ SCHEDULERS: Mapping[str, str] = {
     "ddpm": "DDPMScheduler",
     "deis": "DEISMultistepScheduler",
     "dpm++_2m": "DPMSolverMultistepScheduler",
+    "dpm++_2m_karras": "DPMSolverMultistepScheduler",
     "dpm++_2s": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler",
@@ -36,6 +37,8 @@ SCHEDULERS: Mapping[str, str] = {
     "lms": "LMSDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# Names that stand for a class with settings of its own.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"dpm++_2m_karras": {"use_karras_sigmas": True}}
 
 
 class PromptCutWarning(UserWarning):
@@ -167,4 +170,4 @@ def make_scheduler(default: Any, name: str | None) -> Any:
             f'there is no scheduler "{name}" for this base{did_you_mean(name, [*words, *known])}; '
             f"there is: {', '.join(words)}, or a diffusers class name"
         )
-    return kind.from_config(default.config)
+    return kind.from_config(default.config, **OPTIONS.get(name.lower(), {}))
