@@ -240,6 +240,7 @@ def test_overrides_take_numbers_lists_sections_and_plain_text(folder: Path) -> N
     [
         ("", "recipes/bad.yaml: is empty"),
         ("- a\n", "recipes/bad.yaml: is not a recipe"),
+        ("!other\nname: x\n", "recipes/bad.yaml: is not a recipe"),
         ("name: x\ntrain:\n\tsteps: 5\n", "recipes/bad.yaml:3: not YAML: holds a tab"),
         ("name: x\nbase: [\n", "recipes/bad.yaml:3: not YAML: "),
         ("name: 'x\n", "recipes/bad.yaml:2: not YAML: "),

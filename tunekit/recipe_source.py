@@ -183,7 +183,7 @@ class _Reader:
         node = reader.compose(text)
         if node is None:
             _refuse(place, "is empty")
-        if not isinstance(node, MappingNode):
+        if not isinstance(node, MappingNode) or node.tag != _CORE + "map":
             _refuse(place, "is not a recipe: it must hold keys such as `base:` and `data:`")
         reader.source.tree = reader.value(node, ())
         return reader
