@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import Canary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -153,16 +154,6 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> No
     (folder / "meta.json").symlink_to(outside)
     with pytest.raises(UserError, match="is no file of this checkpoint"):
         checkpoint.read(folder)
-
-
-class Canary:
-    """A pickle that leaves a file behind when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.path}",)
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))

@@ -260,6 +260,8 @@ def _accelerator(device: torch.device, precision: str) -> Accelerator:
             AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=wanted)
     assert accelerator.device.type == device.type, (accelerator.device, device)
+    # An environment made by `accelerate launch` could set it, and would shrink every gradient.
+    assert accelerator.gradient_accumulation_steps == 1, "the loop divides by the pictures itself"
     return accelerator
 
 
