@@ -1,6 +1,6 @@
 """How long `tunekit --help` and `tunekit validate` take beyond a bare `python -c pass`.
 
-    python benchmarks/startup.py [--runs 20]
+    python benchmarks/startup.py [--runs 20] [--recipe recipes/character-lora.yaml]
 
 The three are timed in turn, so that whatever else the machine does falls on all alike. Writes
 benchmarks/results/startup.json; exits with 1 where a median exceeds its allowance.
@@ -21,16 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "startup.json"
-BARE = "python -c pass"
-COMMANDS = {
-    BARE: [sys.executable, "-c", "pass"],
-    "tunekit --help": [sys.executable, "-m", "tunekit", "--help"],
-    "tunekit validate": [
-        *(sys.executable, "-m", "tunekit"),
-        *("validate", "recipes/character-lora.yaml"),
-    ],
-}
-ALLOWED = {"tunekit --help": 0.3, "tunekit validate": 0.6}  # seconds beyond the bare interpreter
+BARE, HELP, VALIDATE = "python -c pass", "tunekit --help", "tunekit validate"
+ALLOWED = {HELP: 0.3, VALIDATE: 0.6}  # seconds beyond the bare interpreter
 
 
 def seconds(command: list[str]) -> tuple[float, float]:
@@ -43,13 +35,13 @@ def seconds(command: list[str]) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure(runs: int) -> dict[str, dict[str, float]]:
+def measure(commands: dict[str, list[str]], runs: int) -> dict[str, dict[str, float]]:
     """Time every command `runs` times, in turn, after one unmeasured round."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
-    for command in COMMANDS.values():
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for command in commands.values():
         seconds(command)  # compiles and brings files into the cache
     for _ in range(runs):
-        for name, command in COMMANDS.items():
+        for name, command in commands.items():
             times[name].append(seconds(command))
     rows = {}
     for name, taken in times.items():
@@ -70,8 +62,15 @@ def main() -> int:
     """Measure, print, write the result, and compare with what is allowed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--runs", type=int, default=20)
-    runs = parser.parse_args().runs
-    measured = measure(runs)
+    parser.add_argument("--recipe", default="recipes/character-lora.yaml")
+    given = parser.parse_args()
+    tunekit = [sys.executable, "-m", "tunekit"]
+    commands = {
+        BARE: [sys.executable, "-c", "pass"],
+        HELP: [*tunekit, "--help"],
+        VALIDATE: [*tunekit, "validate", given.recipe],
+    }
+    measured = measure(commands, given.runs)
     for name, row in measured.items():
         allowed = f"  (allowed {ALLOWED[name]})" if name in ALLOWED else ""
         print(
@@ -81,7 +80,8 @@ def main() -> int:
         )
     result = {
         "what": "wall and processor time; medians of runs taken in turn",
-        "runs": runs,
+        "runs": given.runs,
+        "recipe": Path(given.recipe).name,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
