@@ -34,7 +34,7 @@ class Request:
     run: a run folder; checkpoint: the name of one of its checkpoints, instead of its exported file.
     adapters: adapter files or checkpoint folders, as paths or (path, weight). base: needed where
     neither run nor files say it. prompts: ``{trigger}`` and ``{class}`` are filled in where a
-    recipe is known. seed: of the first picture of each prompt; count: pictures per prompt, each
+    recipe is known, and ``{{`` is a brace there. seed: of the first picture of each prompt; count: pictures per prompt, each
     with the next seed. The others are those of `inference.DrawSettings`.
     """
 
@@ -191,9 +191,7 @@ def _prompts(known: _Known) -> Iterable[str]:
 
 
 def _filled(prompt: str, data: Data | None) -> str:
-    if data is None or not re.search(r"\{(trigger|class)\}", prompt):
-        return prompt
-    return fill(prompt, data.trigger, data.class_noun)
+    return prompt if data is None else fill(prompt, data.trigger, data.class_noun)
 
 
 def _seeds(request: Request, evaluate: Evaluate | None) -> list[int]:
