@@ -249,6 +249,7 @@ def _load_model(source: str, where: str) -> tuple[Any, bool]:
             model, found = (auto or transformers.AutoModel).from_pretrained(
                 source, use_safetensors=True, output_loading_info=True, **safe
             )
+            model = model.float()  # whatever the files hold: scores are compared to three digits
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where} cannot be loaded: {reason}") from error

@@ -34,16 +34,19 @@ def train_tokenizer(captions: list[str], folder: Path) -> None:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(),
          pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )  # fmt: skip
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Given as special tokens, the word endings have fixed numbers; left to the trainer they change
+    # from run to run, and with them which of two equally frequent pairs is merged first.
+    endings = [letter + "</w>" for letter in letters]
     trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=2, special_tokens=[], end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=2000, min_frequency=2, special_tokens=endings, end_of_word_suffix="</w>",
+        initial_alphabet=letters,
     )  # fmt: skip
     words = sorted(set(PLAIN_ENGLISH))
     bpe.train_from_iterator([*captions, *(words * 40)], trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in merges)]
+    tokens = [*letters, *endings, *(m.replace(" ", "") for m in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)
