@@ -12,7 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny_judges import PREPROCESSING, write_preprocessing
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tunekit.errors import UserError
@@ -120,6 +126,17 @@ def test_an_untrained_pooler_is_not_used(tmp_path: Path, paint: Paint) -> None:
     write_preprocessing(tmp_path, size={"height": 32, "width": 32})
     first = SubjectEncoder.load(str(tmp_path)).embed_images([paint(1)])
     assert torch.equal(first, SubjectEncoder.load(str(tmp_path)).embed_images([paint(1)]))
+
+
+def test_half_precision_weights_are_computed_with_in_full(
+    subject_folder: Path, tmp_path: Path, paint: Paint
+) -> None:
+    AutoModel.from_pretrained(subject_folder).half().save_pretrained(tmp_path)
+    shutil.copy(subject_folder / "preprocessor_config.json", tmp_path)
+    half = SubjectEncoder.load(str(tmp_path)).embed_images([paint(1)])
+    assert half.dtype == torch.float32
+    whole = SubjectEncoder.load(str(subject_folder)).embed_images([paint(1)])
+    torch.testing.assert_close(half, whole, atol=1e-2, rtol=0)
 
 
 def test_missing_weights_are_refused(subject_folder: Path, tmp_path: Path) -> None:

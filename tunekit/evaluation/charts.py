@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 640, 220
+WIDTH, NARROW, HEIGHT = 640, 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 30
 MOST_POINTS = 800
 
@@ -83,7 +83,7 @@ class Line:
     css: str
 
 
-def chart(lines: Sequence[Line], title: str, top: float | None = None) -> str:
+def chart(lines: Sequence[Line], title: str, top: float | None = None, width: int = WIDTH) -> str:
     """Return an SVG of `lines` over steps; y starts at 0 and ends at `top` or the highest point.
 
     Points above `top` are drawn at the edge.
@@ -100,19 +100,19 @@ def chart(lines: Sequence[Line], title: str, top: float | None = None) -> str:
         across = (x - left) / (right - left) if right > left else 0.5
         up = min(1.0, max(0.0, y / high))
         return (
-            round(LEFT + across * (WIDTH - LEFT - RIGHT), 1),
+            round(LEFT + across * (width - LEFT - RIGHT), 1),
             round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1),
         )
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}" class="chart">',
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{title}" class="chart">',
         f"<title>{title}</title>",
     ]
     for value in ticks(0, high):
         _, y = at(left, value)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="y" x="{LEFT - 8}" y="{y + 4}">{label(value)}</text>')
-    for value in ticks(left, right, 6):
+    for value in ticks(left, right, width // 100):
         x, _ = at(value, 0)
         parts.append(f'<text class="x" x="{x}" y="{HEIGHT - 8}">{label(value)}</text>')
     for line in lines:
@@ -138,7 +138,7 @@ def loss_chart(points: Points) -> str:
 
 def rate_chart(points: Points) -> str:
     """Return the learning-rate curve."""
-    return chart([Line(points, "line")], "Learning rate by step") if points else ""
+    return chart([Line(points, "line")], "Learning rate by step", width=NARROW) if points else ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -140,6 +140,18 @@ class ImageEncoder:
 
     def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return unit rows [N, D] for N pictures of any sizes, float32 on the CPU."""
+        return self._embed(images, self._features)
+
+    def texture(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return unit rows [N, 2 C]: mean and standard deviation of the C first features.
+
+        Over all places of the first hidden state: what a picture is drawn with, not what is where.
+        """
+        return self._embed(images, self._statistics)
+
+    def _embed(
+        self, images: Sequence[Image.Image], features: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         import torch
 
         assert images, "nothing to embed"
@@ -147,7 +159,7 @@ class ImageEncoder:
         with torch.inference_mode():
             for start in range(0, len(images), BATCH):
                 batch = [self.preprocessing(image) for image in images[start : start + BATCH]]
-                rows.append(self._features(torch.stack(batch).to(self.device)).float().cpu())
+                rows.append(features(torch.stack(batch).to(self.device)).float().cpu())
         return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
 
     def _outputs(self, pixels: torch.Tensor, **wanted: bool) -> Any:
@@ -165,6 +177,14 @@ class ImageEncoder:
             embedding = hidden[:, 0] if hidden.dim() == 3 else hidden.mean(dim=(2, 3))
         flat: torch.Tensor = embedding.flatten(1)
         return flat
+
+    def _statistics(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        first = self._outputs(pixels, output_hidden_states=True).hidden_states[0]
+        # Feature maps [B, C, H, W] or tokens [B, T, C] to places [B, P, C].
+        places = first.flatten(2).transpose(1, 2) if first.dim() == 4 else first
+        return torch.cat([places.mean(dim=1), places.std(dim=1)], dim=1)
 
 
 class SubjectEncoder(ImageEncoder):
@@ -237,6 +257,7 @@ class Clip(ImageEncoder):
 
 def _load_model(source: str, where: str) -> tuple[Any, bool]:
     """Return the model in evaluation mode and whether its pooler is trained."""
+    import torch
     import transformers
 
     safe = {"trust_remote_code": False}
@@ -247,7 +268,11 @@ def _load_model(source: str, where: str) -> tuple[Any, bool]:
             # AutoModel would drop the projection of a CLIPVisionModelWithProjection.
             auto = getattr(transformers, named) if named.endswith("WithProjection") else None
             model, found = (auto or transformers.AutoModel).from_pretrained(
-                source, use_safetensors=True, output_loading_info=True, **safe
+                source,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=torch.float32,  # whatever the file holds: a score is not to hang on it
+                **safe,
             )
             model = model.float()  # whatever the files hold: scores are compared to three digits
     except (OSError, ValueError, KeyError) as error:
