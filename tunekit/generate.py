@@ -34,8 +34,8 @@ class Request:
     run: a run folder; checkpoint: the name of one of its checkpoints, instead of its exported file.
     adapters: adapter files or checkpoint folders, as paths or (path, weight). base: needed where
     neither run nor files say it. prompts: ``{trigger}`` and ``{class}`` are filled in where a
-    recipe is known, and ``{{`` is a brace there. seed: of the first picture of each prompt; count: pictures per prompt, each
-    with the next seed. The others are those of `inference.DrawSettings`.
+    recipe is known, and ``{{`` is a brace there. seed: of the first picture of each prompt; count:
+    pictures per prompt, each with the next seed. The others are those of `inference.DrawSettings`.
     """
 
     run: Path | None = None

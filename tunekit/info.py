@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import statistics
 from collections import Counter
@@ -12,52 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunekit.checkpoint import read_safetensors
 from tunekit.errors import UserError
+from tunekit.factors import ModuleInfo, adapter_metadata, group, is_kohya, read_module
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Every spelling of a factor that trainers write: PEFT, kohya, diffusers before PEFT, LyCORIS.
-_SPELLINGS = {
-    "lora_A": "down",
-    "lora_down": "down",
-    "lora.down": "down",
-    "lora_linear_layer.down": "down",
-    "lora_embedding_A": "down",
-    "lora_B": "up",
-    "lora_up": "up",
-    "lora.up": "up",
-    "lora_linear_layer.up": "up",
-    "lora_embedding_B": "up",
-    "lora_magnitude_vector": "magnitude",
-    "dora_scale": "magnitude",
-    "alpha": "alpha",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
-    **{name: name for name in ("hada_t1", "hada_t2", "lokr_t2", "oft_blocks", "oft_R", "diff")},
-    **{f"lokr_w{n}{part}": f"lokr_w{n}{part}" for n in (1, 2) for part in ("", "_a", "_b")},
-}
-_KEY = re.compile(
-    r"^(?P<module>.+)\.(?P<factor>"
-    + "|".join(sorted(map(re.escape, _SPELLINGS), key=len, reverse=True))
-    + r")(?:\.default)?(?:\.weight)?$"
-)
 _COMPONENT = re.compile(r"^(lora_(?:unet|te\d?|transformer)|[a-z]\w*(?=\.))")
+_UNSAID = "not said"
 _LARGEST = {"fp16": 65504.0}  # what may come near to overflowing
-
-
-@dataclass(frozen=True)
-class ModuleInfo:
-    """One adapted module: `norm` is the Frobenius norm of its weight change, alpha / rank included.
-
-    rank and alpha are None where the file does not say; norm is None where it is not a number, and
-    where this reader cannot compute it (`kind` OFT and tensor-decomposed convolutions).
-    """
-
-    name: str
-    kind: str
-    rank: int | None
-    alpha: float | None
-    norm: float | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +56,7 @@ class AdapterInfo:
             ("for", self._made_for()),
             ("trigger", self.trigger or "not said"),
             ("rank", _counts(self.ranks) or "not said"),
-            ("alpha", _counts(self.alphas)),
+            ("alpha", self._alpha()),
             ("targets", _counts(self.targets)),
             ("norms", self._norms()),
         ]
@@ -104,6 +66,15 @@ class AdapterInfo:
             rows.append(("recipe", "is in the file (shown by --json)"))
         rows += [("suspicious", said) for said in self.suspicious or ("nothing",)]
         return [f"{name:<11}{said}" for name, said in rows]
+
+    def _alpha(self) -> str:
+        if set(self.alphas) != {_UNSAID}:
+            return _counts(self.alphas)
+        trained = self.metadata.get("tunekit.trained_alpha")
+        within = (
+            f"trained with {trained}, which is multiplied into the tensors; " if trained else ""
+        )
+        return f"{within}the file names none, so that clients take alpha = rank"
 
     def _made_for(self) -> str:
         base = f"base {self.base}" if self.base else "base not said"
@@ -124,30 +95,31 @@ def describe(path: Path) -> AdapterInfo:
     Raises UserError, one line, for a file that is missing, pickled, broken or truncated, holds no
     adapter, or whose factors cannot be multiplied.
     """
-    from tunekit.checkpoint import read_safetensors
-
     tensors, metadata = read_safetensors(path)
-    grouped, unread = _group(tensors)
+    grouped, unread = group(tensors)
     if not grouped:
         raise UserError(
             f"{path}: holds no adapter: none of its {len(tensors)} tensors is a factor of one"
             + (f" (the first is {unread[0]})" if unread else "")
         )
-    scales = _adapter_metadata(path, metadata)
-    modules = tuple(_module(path, name, parts, scales) for name, parts in sorted(grouped.items()))
+    scales = adapter_metadata(path, metadata)
+    modules = tuple(
+        read_module(path, name, parts, scales) for name, parts in sorted(grouped.items())
+    )
     kinds = sorted({module.kind for module in modules})
     return AdapterInfo(
         file=path.name,
         bytes=path.stat().st_size,
         kind=kinds[0] if len(kinds) == 1 else f"mixed ({', '.join(kinds)})",
         names=_naming(tensors),
-        architecture=_first(metadata, "modelspec.architecture", "ss_base_model_version"),
+        architecture=_first(metadata, "modelspec.architecture", "ss_base_model_version")
+        or _by_shape(grouped),
         base=_first(metadata, "tunekit.base", "ss_sd_model_name"),
         trigger=_first(metadata, "modelspec.trigger_phrase"),
         dtypes=_tally(_dtype(tensor) for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         ranks=_tally(module.rank for module in modules if module.rank is not None),
-        alphas=_tally("not said" if m.alpha is None else f"{m.alpha:g}" for m in modules),
+        alphas=_tally(_UNSAID if m.alpha is None else f"{m.alpha:g}" for m in modules),
         targets=_tally(_target(module.name) for module in modules),
         modules=modules,
         unread=unread,
@@ -160,117 +132,14 @@ def _first(metadata: Mapping[str, str], *keys: str) -> str | None:
     return next((metadata[key] for key in keys if metadata.get(key)), None)
 
 
-def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    """Sort tensors into {module: {factor: tensor}} and the names that are no factor."""
-    grouped: dict[str, dict[str, Tensor]] = {}
-    unread = []
-    for key in sorted(tensors):
-        match = _KEY.match(key)
-        if match:
-            parts = grouped.setdefault(match["module"], {})
-            parts[_SPELLINGS[match["factor"]]] = tensors[key]
-        else:
-            unread.append(key)
-    return grouped, tuple(unread)
-
-
-def _module(
-    path: Path, name: str, parts: Mapping[str, Tensor], scales: Mapping[str, object]
-) -> ModuleInfo:
-    for factor, tensor in parts.items():
-        shape = list(tensor.shape)
-        plain = tensor.ndim in (2, 4) or factor not in ("down", "up")
-        if tensor.numel() == 0 or not plain or tensor.ndim > 5:
-            raise UserError(f"{path}: {name} ({factor}) has the shape {shape}: no adapter has that")
-    if "alpha" in parts and parts["alpha"].numel() != 1:
-        shape = list(parts["alpha"].shape)
-        raise UserError(f"{path}: the alpha of {name} has the shape {shape}, not one number")
-    rank = _rank(path, name, parts)
-    alpha = float(parts["alpha"]) if "alpha" in parts else _declared_alpha(name, scales)
-    scale = alpha / rank if alpha is not None and rank else 1.0
-    norm = _norm(parts)
-    if norm is not None:
-        norm = norm * abs(scale) if math.isfinite(norm * scale) else None
-    return ModuleInfo(name, _kind(parts), rank, alpha, norm)
-
-
-def _rank(path: Path, name: str, parts: Mapping[str, Tensor]) -> int | None:
-    """Return the inner size of the module's factors, which must agree."""
-    pairs = (("down", "up"), ("hada_w1_b", "hada_w1_a"), ("lokr_w1_b", "lokr_w1_a"))
-    for down, up in (*pairs, ("hada_w2_b", "hada_w2_a"), ("lokr_w2_b", "lokr_w2_a")):
-        if down in parts and up in parts:
-            inner, outer = parts[down].shape[0], parts[up].shape[1]
-            if inner != outer:
-                raise UserError(
-                    f"{path}: the factors of {name} cannot be multiplied: "
-                    f"{list(parts[up].shape)} by {list(parts[down].shape)}"
-                )
-            return int(inner)
-    if "down" in parts:
-        return int(parts["down"].shape[0])
-    return int(parts["up"].shape[1]) if "up" in parts else None
-
-
-def _norm(parts: Mapping[str, Tensor]) -> float | None:
-    """Return the Frobenius norm of the weight change without alpha, or None where unknown."""
-    wide = {factor: tensor.double() for factor, tensor in parts.items()}
-    if {"down", "up"} <= parts.keys():
-        return _product_norm(wide["up"], wide["down"])
-    if any(name.endswith(("_t1", "_t2")) for name in parts):
-        return None
-    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= parts.keys():
-        one = wide["hada_w1_a"] @ wide["hada_w1_b"]
-        two = wide["hada_w2_a"] @ wide["hada_w2_b"]
-        return float((one * two).norm()) if one.shape == two.shape else None
-    halves = []
-    for half in ("lokr_w1", "lokr_w2"):
-        if half in wide:
-            halves.append(float(wide[half].norm()))
-        elif f"{half}_a" in wide and f"{half}_b" in wide:
-            halves.append(_product_norm(wide[f"{half}_a"], wide[f"{half}_b"]))
-    return halves[0] * halves[1] if len(halves) == 2 else None  # |a (x) b| = |a| |b|
-
-
-def _product_norm(up: Tensor, down: Tensor) -> float:
-    """Return |up @ down| through the factors' Gram matrices: rank x rank, never the full matrix."""
-    up, down = up.flatten(1), down.flatten(1)
-    if up.shape[1] != down.shape[0]:  # a factored kernel (up wider than 1x1): multiply as stored
-        up = up.reshape(-1, down.shape[0])
-    squared = float(((up.T @ up) * (down @ down.T)).sum())
-    return max(squared, 0.0) ** 0.5 if squared == squared else squared
-
-
-def _kind(parts: Mapping[str, Tensor]) -> str:
-    for start, kind in (("hada", "LoHa"), ("lokr", "LoKr"), ("oft", "OFT"), ("diff", "full")):
-        if any(factor.startswith(start) for factor in parts):
-            return kind
-    return "DoRA" if "magnitude" in parts else "LoRA"
-
-
-def _adapter_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
-    """Return diffusers' own adapter metadata, which carries alpha for diffusers alone."""
-    text = metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as fault:
-        raise UserError(f"{path}: lora_adapter_metadata is not JSON ({fault})") from fault
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: lora_adapter_metadata is not a JSON object")
-    return value
-
-
-def _declared_alpha(name: str, scales: Mapping[str, object]) -> float | None:
-    component = name.split(".", 1)[0]
-    alpha = scales.get(f"{component}.lora_alpha")
-    patterns = scales.get(f"{component}.alpha_pattern")
-    if isinstance(patterns, dict):
-        bare = name.split(".", 1)[-1]
-        for pattern, value in patterns.items():
-            if bare == pattern or bare.endswith(f".{pattern}"):
-                alpha = value
-    return float(alpha) if isinstance(alpha, int | float) else None
+def _by_shape(grouped: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """Say what the adapted modules tell of the base: how wide the text is that it listens to."""
+    for name, parts in grouped.items():
+        if re.search(r"attn2[._]to_[kv]$", name) and "down" in parts:
+            return f"a U-Net over text {parts['down'].shape[1]} wide (told by a shape)"
+    if any(name.startswith(("transformer.", "lora_transformer_")) for name in grouped):
+        return "a transformer (told by names)"
+    return None
 
 
 def _suspicious(
@@ -280,7 +149,7 @@ def _suspicious(
     grouped: Mapping[str, Mapping[str, Tensor]],
     unread: tuple[str, ...],
 ) -> Iterable[str]:
-    broken = [key for key, tensor in sorted(tensors.items()) if not bool(tensor.isfinite().all())]
+    broken = [key for key, tensor in sorted(tensors.items()) if not _finite(tensor)]
     if broken:
         yield f"NaN or infinite numbers in {_some(broken)}"
     zero = [module.name for module in modules if module.norm == 0]
@@ -293,7 +162,7 @@ def _suspicious(
     bare = [name for name, parts in grouped.items() if set(parts) == {"alpha"}]
     if bare:
         yield f"an alpha without factors in {_some(bare)}"
-    kohya = [name for name, parts in grouped.items() if _is_kohya(name) and "alpha" not in parts]
+    kohya = [name for name, parts in grouped.items() if is_kohya(name) and "alpha" not in parts]
     if kohya:
         yield f"no alpha, so that clients take alpha = rank, in {_some(kohya)}"
     if any(name.startswith("lora_adapter") for name in metadata) and any(
@@ -314,6 +183,10 @@ def _suspicious(
         yield f"tensors that are no factor of an adapter: {_some(unread)}"
 
 
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.double().isfinite().all())  # 8-bit formats cannot tell themselves
+
+
 def _narrow(parts: Mapping[str, Tensor]) -> int:
     """Return the smaller of a module's two sizes: no weight change has a higher rank."""
     sizes = []
@@ -324,22 +197,18 @@ def _narrow(parts: Mapping[str, Tensor]) -> int:
     return min(sizes, default=2**31)
 
 
-def _is_kohya(name: str) -> bool:
-    return name.startswith(("lora_unet_", "lora_te", "lora_transformer_"))
-
-
 def _naming(tensors: Mapping[str, Tensor]) -> str:
     """Say whose names the file uses, and for which parts of a model."""
     components = _tally(m[1] if (m := _COMPONENT.match(key)) else "unnamed" for key in tensors)
-    whose = "kohya" if all(_is_kohya(key) for key in tensors) else "diffusers"
-    if any(".lora.down" in key or ".lora_linear_layer." in key for key in tensors):
+    whose = "kohya" if all(is_kohya(key) for key in tensors) else "diffusers"
+    if any(re.search(r"[._]lora\.(down|up)|\.lora_linear_layer\.", key) for key in tensors):
         whose = "diffusers before PEFT"
     return f"{whose} ({', '.join(components)})"
 
 
 def _target(name: str) -> str:
     """Return the last words of a module's name: what people name as a target."""
-    if _is_kohya(name):
+    if is_kohya(name):
         match = re.search(r"(?:to_(?:q|k|v|out_0)|(?:q|k|v|out)_proj|fc\d|[a-z]+(?:_\d+)*)$", name)
         return match[0] if match else name
     words = name.split(".")

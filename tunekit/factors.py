@@ -1,0 +1,198 @@
+"""The factors in adapter files: every trainer's names for them, and what they multiply to."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Every spelling of a factor that trainers write: PEFT, kohya, diffusers before PEFT, LyCORIS.
+_SPELLINGS = {
+    "lora_A": "down",
+    "lora_down": "down",
+    "lora.down": "down",
+    "lora_linear_layer.down": "down",
+    "lora_embedding_A": "down",
+    "lora_B": "up",
+    "lora_up": "up",
+    "lora.up": "up",
+    "lora_linear_layer.up": "up",
+    "lora_embedding_B": "up",
+    "lora_magnitude_vector": "magnitude",
+    "dora_scale": "magnitude",
+    "alpha": "alpha",
+    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{name: name for name in ("hada_t1", "hada_t2", "lokr_t2", "oft_blocks", "oft_R", "diff")},
+    **{f"lokr_w{n}{part}": f"lokr_w{n}{part}" for n in (1, 2) for part in ("", "_a", "_b")},
+}
+_KEY = re.compile(
+    r"^(?P<module>.+)(?:\.|_(?=lora\.))(?P<factor>"  # to_q_lora.down: diffusers before PEFT
+    + "|".join(sorted(map(re.escape, _SPELLINGS), key=len, reverse=True))
+    + r")(?:\.default)?(?:\.weight)?$"
+)
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One adapted module: `norm` is the Frobenius norm of its weight change, alpha / rank included.
+
+    rank and alpha are None where the file does not say, or says no number; norm is None where it is
+    no number, and where this reader cannot compute it (`kind` OFT, tensor-decomposed convolutions).
+    """
+
+    name: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    norm: float | None
+
+
+def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    """Sort tensors into {module: {factor: tensor}}, and the names that are no factor.
+
+    Factors go by one name each, whatever the file calls them: "down" and "up" for LoRA.
+    """
+    grouped: dict[str, dict[str, Tensor]] = {}
+    unread = []
+    for key in sorted(tensors):
+        match = _KEY.match(key)
+        if match:
+            parts = grouped.setdefault(match["module"], {})
+            parts[_SPELLINGS[match["factor"]]] = tensors[key]
+        else:
+            unread.append(key)
+    return grouped, tuple(unread)
+
+
+def read_module(
+    path: Path, name: str, parts: Mapping[str, Tensor], scales: Mapping[str, object]
+) -> ModuleInfo:
+    """Describe the module `name`, made of `parts` (see `group`), from the file at `path`.
+
+    scales: what diffusers' own metadata says (see `adapter_metadata`). Raises UserError for shapes
+    that no adapter has, and for factors that cannot be multiplied.
+    """
+    for factor, tensor in parts.items():
+        if tensor.numel() == 0 or tensor.ndim not in _dimensions(factor):
+            shape = list(tensor.shape)
+            raise UserError(f"{path}: {name} ({factor}) has the shape {shape}: no adapter has that")
+        if tensor.is_complex():
+            raise UserError(f"{path}: {name} ({factor}) holds complex numbers: no adapter does")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        shape = list(parts["alpha"].shape)
+        raise UserError(f"{path}: the alpha of {name} has the shape {shape}, not one number")
+    rank = _rank(path, name, parts)
+    alpha = float(parts["alpha"]) if "alpha" in parts else _declared_alpha(name, scales)
+    if alpha is not None and not math.isfinite(alpha):
+        alpha = None
+    scale = alpha / rank if alpha is not None and rank else 1.0
+    norm = _norm(parts)
+    if norm is not None:
+        norm = norm * abs(scale) if math.isfinite(norm * scale) else None
+    return ModuleInfo(name, _kind(parts), rank, alpha, norm)
+
+
+def _dimensions(factor: str) -> tuple[int, ...]:
+    """Return how many dimensions a factor may have: two of a matrix, up to five of a kernel."""
+    if factor in ("down", "up"):
+        return (2, 4)
+    if factor.startswith(("hada_w", "lokr_w")):
+        return (2,) if factor.endswith(("_a", "_b")) else (2, 4)
+    return (0, 1, 2, 3, 4, 5)
+
+
+_PAIRS = (
+    ("down", "up"),
+    *((f"{kind}_w{n}_b", f"{kind}_w{n}_a") for kind in ("hada", "lokr") for n in (1, 2)),
+)
+
+
+def _rank(path: Path, name: str, parts: Mapping[str, Tensor]) -> int | None:
+    """Return the inner size of the module's factors; the two of each pair must agree on it."""
+    ranks = []
+    for down, up in _PAIRS:
+        if down in parts and up in parts and parts[down].shape[0] != parts[up].shape[1]:
+            raise UserError(
+                f"{path}: the factors of {name} cannot be multiplied: "
+                f"{list(parts[up].shape)} by {list(parts[down].shape)}"
+            )
+        if down in parts:
+            ranks.append(int(parts[down].shape[0]))
+        elif up in parts:
+            ranks.append(int(parts[up].shape[1]))
+    return ranks[0] if ranks else None
+
+
+def _norm(parts: Mapping[str, Tensor]) -> float | None:
+    """Return the Frobenius norm of the weight change without alpha, or None where unknown."""
+    wide = {factor: tensor.double() for factor, tensor in parts.items()}
+    if {"down", "up"} <= parts.keys():
+        pointwise = all(size == 1 for size in wide["up"].shape[2:])  # else a chain of kernels
+        return _product_norm(wide["up"], wide["down"]) if pointwise else None
+    if any(name.endswith(("_t1", "_t2")) for name in parts):
+        return None
+    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= parts.keys():
+        one = wide["hada_w1_a"] @ wide["hada_w1_b"]
+        two = wide["hada_w2_a"] @ wide["hada_w2_b"]
+        return float((one * two).norm()) if one.shape == two.shape else None
+    halves = []
+    for half in ("lokr_w1", "lokr_w2"):
+        if half in wide:
+            halves.append(float(wide[half].norm()))
+        elif f"{half}_a" in wide and f"{half}_b" in wide:
+            halves.append(_product_norm(wide[f"{half}_a"], wide[f"{half}_b"]))
+    return halves[0] * halves[1] if len(halves) == 2 else None  # |a (x) b| = |a| |b|
+
+
+def _product_norm(up: Tensor, down: Tensor) -> float:
+    """Return |up @ down| through the factors' Gram matrices: rank x rank, never the full matrix."""
+    up, down = up.flatten(1), down.flatten(1)
+    squared = float(((up.T @ up) * (down @ down.T)).sum())
+    return max(squared, 0.0) ** 0.5 if squared == squared else squared
+
+
+def _kind(parts: Mapping[str, Tensor]) -> str:
+    for start, kind in (("hada", "LoHa"), ("lokr", "LoKr"), ("oft", "OFT"), ("diff", "full")):
+        if any(factor.startswith(start) for factor in parts):
+            return kind
+    return "DoRA" if "magnitude" in parts else "LoRA"
+
+
+def adapter_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
+    """Return diffusers' own adapter metadata, which carries alpha for diffusers alone."""
+    text = metadata.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as fault:
+        raise UserError(f"{path}: lora_adapter_metadata is not JSON ({fault})") from fault
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: lora_adapter_metadata is not a JSON object")
+    return value
+
+
+def _declared_alpha(name: str, scales: Mapping[str, object]) -> float | None:
+    component = name.split(".", 1)[0]
+    alpha = scales.get(f"{component}.lora_alpha")
+    patterns = scales.get(f"{component}.alpha_pattern")
+    if isinstance(patterns, dict):
+        bare = name.split(".", 1)[-1]
+        for pattern, value in patterns.items():
+            if bare == pattern or bare.endswith(f".{pattern}"):
+                alpha = value
+    return float(alpha) if isinstance(alpha, int | float) else None
+
+
+def is_kohya(name: str) -> bool:
+    """Say whether `name` is in the naming of kohya's sd-scripts."""
+    return name.startswith(("lora_unet_", "lora_te", "lora_transformer_"))
