@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from taught import recipe_for, teach
 
 import tunekit
@@ -146,6 +147,24 @@ class TestOnePicture:
         plain = base.draw(PROMPT, 1, DrawSettings(steps=4, scheduler="dpm++_2m"))
         karras = base.draw(PROMPT, 1, DrawSettings(steps=4, scheduler="dpm++_2m_karras"))
         assert not same(plain, karras)
+
+    @pytest.mark.parametrize("name", list(SCHEDULERS))
+    def test_from_pure_noise_a_scheduler_draws_or_says_that_it_cannot(
+        self, name: str, tiny_folder: Callable[..., Path]
+    ) -> None:
+        """As the bundled base: there Heun's method and Karras sigmas break down in silence."""
+        noisy = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+        base = load(str(tiny_folder(prediction_type="v_prediction", **noisy)), device="cpu")
+        settings = DrawSettings(steps=12, scheduler=name)
+        if name in ("heun", "dpm++_2m_karras"):
+            with pytest.raises(UserError, match=f"{re.escape(name)} cannot draw with this base"):
+                base.draw(PROMPT, 1, settings)
+        else:
+            plain = base.draw(PROMPT, 1, DrawSettings(steps=12))
+            drawn = base.draw(PROMPT, 1, settings)
+            if name not in ("ddpm", "euler_a"):  # these add noise of their own on the way
+                far = ImageStat.Stat(ImageChops.difference(plain, drawn)).mean
+                assert max(far) < 16, far
 
     def test_its_settings_come_along(self, painter: Painter, file: Path, recipe: Recipe) -> None:
         drawn = next(painter.draw_many([PROMPT], [5], QUICK))

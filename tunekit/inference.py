@@ -177,7 +177,7 @@ class Painter:
                     generator=torch.Generator("cpu").manual_seed(seed),
                     output_type="np",
                 ).images[0]
-            except ValueError as fault:
+            except (IndexError, ValueError) as fault:
                 if settings.scheduler is None or isinstance(fault, UserError):
                     raise
                 said = f"{settings.scheduler} cannot draw in {settings.steps} steps"

@@ -170,4 +170,22 @@ def make_scheduler(default: Any, name: str | None) -> Any:
             f'there is no scheduler "{name}" for this base{did_you_mean(name, [*words, *known])}; '
             f"there is: {', '.join(words)}, or a diffusers class name"
         )
-    return kind.from_config(default.config, **OPTIONS.get(name.lower(), {}))
+    options = OPTIONS.get(name.lower(), {})
+    if kind.__name__ == SCHEDULERS["heun"] or options:
+        _refuse_pure_noise(default, name)
+    return kind.from_config(default.config, **options)
+
+
+def _refuse_pure_noise(default: Any, name: str) -> None:
+    """Refuse schedulers that reckon with the highest noise level where it is next to infinite.
+
+    Heun's method corrects a step by its slope at the end, and Karras et al. 2022 space the levels
+    by their size. Pure noise breaks both: the one draws false colours, the other counts past its
+    last level.
+    """
+    left = getattr(default, "alphas_cumprod", None)
+    if left is not None and float(left[-1]) < 1e-4:
+        raise UserError(
+            f"scheduler: {name} cannot draw with this base, whose noising ends in pure noise; "
+            "ddim, dpm++_2m, euler and unipc can"
+        )
