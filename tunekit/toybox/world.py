@@ -6,6 +6,7 @@ same caption. The world can draw any individual again in another place, size, po
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -119,6 +120,17 @@ def sample_individual(rng: Rng, words: Vocabulary) -> Individual:
         round(float(rng.uniform(0.88, 1.12)), 3),
         round(float(rng.uniform(0.9, 1.2)), 3),
     )
+
+
+def sample_odd_individual(rng: Rng, words: Vocabulary) -> Individual:
+    """Draw an individual in colours that no word names: any hue, so that judges meet them."""
+
+    def paint() -> RGB:
+        r, g, b = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 1.0), rng.uniform(0.4, 1.0))
+        return round(255 * r), round(255 * g), round(255 * b)
+
+    known = sample_individual(rng, words)
+    return replace(known, colour="", accent="", main_rgb=paint(), accent_rgb=paint())
 
 
 def sample_pose(rng: Rng, who: Individual, words: Vocabulary, dressed: float = 0.15) -> Figure:
@@ -238,7 +250,7 @@ def _article(phrase: str) -> str:
 
 def _noun(rng: Rng, figure: Figure, told: float) -> str:
     words = [figure.who.subject]
-    if rng.random() < told:
+    if figure.who.colour and rng.random() < told:
         words.insert(0, figure.who.colour)
     if figure.size != "medium" and rng.random() < 0.6:
         words.insert(0, figure.size)

@@ -21,7 +21,7 @@ STAGES = (
     "assemble",
     "assess",
 )
-COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13)}
+COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13), "odd": (12_000, 14)}
 STEPS = {
     "clip": 550,
     "clip-vision": 1_200,
@@ -87,7 +87,7 @@ def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
     elif name == "clip-vision":
         from tunekit.toybox.pretrain import clip
 
-        clip.train_vision(work, rendered("full"), steps)
+        clip.train_vision(work, rendered("full") + rendered("odd"), steps)
     elif name == "vae":
         from tunekit.toybox.pretrain import vae
 
@@ -128,7 +128,7 @@ def _finish(name: str, work: Path, options: argparse.Namespace) -> None:
     else:
         from tunekit.toybox.pretrain.assess import assess
 
-        table = assess(target / "model", work, guidance=options.guidance)
+        table = assess(target, work, guidance=options.guidance)
         for row in ("bar", "rendered", "reconstructed", "drawn"):
             print(f"{row:14}", *(f"{k} {v:5.1f}" for k, v in table[row].items()))
 

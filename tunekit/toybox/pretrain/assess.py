@@ -32,12 +32,12 @@ def held_out_scenes(count: int, words: world.Vocabulary, seed: int = 77) -> list
     return found
 
 
-def load_judge(work: Path) -> Judge:
-    """Read the trained judge."""
+def load_judge(weights: Path) -> Judge:
+    """Read the trained judge from a folder that holds `judge/model.safetensors`."""
     from safetensors.torch import load_file
 
     judge = Judge()
-    judge.load_state_dict(load_file(work / "judge" / "model.safetensors"))
+    judge.load_state_dict(load_file(weights / "judge" / "model.safetensors"))
     return judge.float().eval()
 
 
@@ -96,13 +96,16 @@ def sheet(images: Sequence[Image.Image], columns: int, zoom: int = 2) -> Image.I
     return page
 
 
-def assess(model: Path, work: Path, count: int = 256, guidance: float = 4.0,
+def assess(weights: Path, work: Path, count: int = 256, guidance: float = 4.0,
            words: world.Vocabulary = world.CORE) -> dict[str, Any]:  # fmt: skip
-    """Draw captions of unseen combinations, judge them, and save the sheet; gives the table."""
+    """Draw captions of unseen combinations, judge them, and save the sheet; gives the table.
+
+    `weights` holds the folders model and judge; `work` takes sheet.png and assessment.json.
+    """
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
-    judge = load_judge(work)
+    pipeline = StableDiffusionPipeline.from_pretrained(weights / "model", dtype=torch.float32)
+    judge = load_judge(weights)
     scenes = held_out_scenes(count, words)
     rng = np.random.default_rng(78)
     captions = [world.caption(s, rng, complete=True) for s in scenes]

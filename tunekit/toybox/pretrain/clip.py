@@ -50,6 +50,16 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
+def shift(pixels: torch.Tensor, number: int, seed: int) -> torch.Tensor:
+    """Move the batch by up to 3 px and vary brightness a little: judges must not be brittle."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    dx, dy = torch.randint(0, 7, (2,), generator=generator).tolist()
+    padded = F.pad(pixels, (3, 3, 3, 3), mode="replicate")
+    gain = 1 + 0.1 * torch.randn(pixels.shape[0], 1, 1, 1, generator=generator)
+    noise = 0.04 * torch.randn(pixels.shape, generator=generator)
+    return (padded[:, :, dy : dy + 64, dx : dx + 64] * gain + noise).clamp(-1, 1)
+
+
 def train(work: Path, data: Pictures, steps: int, batch: int = 128, seed: int = 1) -> Path:
     """Train on pictures and captions; gives the folder of the finished CLIP."""
     tokenizer = load_tokenizer(work / "tokenizer")
@@ -87,7 +97,7 @@ def _swapped(facts: dict[str, Any], rng: np.random.Generator) -> list[str]:
     caption, colour = facts["caption"], facts["colour"]
     others = rng.permutation([w for w in world.FULL.subjects if w != facts["subject"]])
     told = [caption.replace(facts["subject"], str(w), 1) for w in others[:4]]
-    if colour in caption:
+    if colour and colour in caption:
         other = str(rng.choice([c for c in world.FULL.colours if c != colour]))
         told[3] = caption.replace(colour, other, 1)
     return told
@@ -95,12 +105,15 @@ def _swapped(facts: dict[str, Any], rng: np.random.Generator) -> list[str]:
 
 @torch.no_grad()
 def _pooled(model: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    different = {c: i for i, c in enumerate(dict.fromkeys(captions))}
+    unique = list(different)
     rows = []
-    for start in range(0, len(captions), 256):
-        ids = tokenizer(captions[start : start + 256], padding="max_length", truncation=True,
+    for start in range(0, len(unique), 256):
+        ids = tokenizer(unique[start : start + 256], padding="max_length", truncation=True,
                         max_length=LENGTH, return_tensors="pt").input_ids  # fmt: skip
-        rows.append(model.text_model(ids.to(device())).pooler_output.cpu())
-    return torch.cat(rows)
+        with torch.autocast(device().type, torch.bfloat16):
+            rows.append(model.text_model(ids.to(device())).pooler_output.float().cpu())
+    return torch.cat(rows)[[different[c] for c in captions]]
 
 
 def train_vision(work: Path, data: Pictures, steps: int, batch: int = 128, seed: int = 6) -> Path:
@@ -127,7 +140,7 @@ def train_vision(work: Path, data: Pictures, steps: int, batch: int = 128, seed:
 
     def step(number: int) -> dict[str, torch.Tensor]:
         at = np.fromiter(batches(len(rows), batch, number, seed), np.int64)
-        pixels = to_tensor(data.pixels[rows[at]]).to(device())
+        pixels = shift(to_tensor(data.pixels[rows[at]]), number, seed).to(device())
         with torch.autocast(device().type, torch.bfloat16):
             seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
         seen = F.normalize(seen.float(), dim=-1)

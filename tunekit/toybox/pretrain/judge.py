@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tunekit.toybox import world
-from tunekit.toybox.pretrain.clip import PREPROCESSOR, to_tensor
+from tunekit.toybox.pretrain.clip import PREPROCESSOR, shift, to_tensor
 from tunekit.toybox.pretrain.common import Frugal, Stage, batches, device
 from tunekit.toybox.pretrain.pictures import Pictures
 
@@ -57,16 +57,6 @@ class Judge(nn.Module):
         return {k: head(features) for k, head in self.heads.items()}
 
 
-def _shift(pixels: torch.Tensor, number: int, seed: int) -> torch.Tensor:
-    """Move the batch by up to 3 px and vary brightness a little: judges must not be brittle."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    dx, dy = torch.randint(0, 7, (2,), generator=generator).tolist()
-    padded = F.pad(pixels, (3, 3, 3, 3), mode="replicate")
-    gain = 1 + 0.1 * torch.randn(pixels.shape[0], 1, 1, 1, generator=generator)
-    noise = 0.04 * torch.randn(pixels.shape, generator=generator)
-    return (padded[:, :, dy : dy + 64, dx : dx + 64] * gain + noise).clamp(-1, 1)
-
-
 def train_judge(work: Path, data: Pictures, steps: int, batch: int = 64, seed: int = 3) -> Path:
     """Train the judge on single-figure renders; gives its weights file."""
     rows = np.array([i for i, f in enumerate(data.facts) if f["figures"] == 1])
@@ -78,7 +68,7 @@ def train_judge(work: Path, data: Pictures, steps: int, batch: int = 64, seed: i
 
     def step(number: int) -> dict[str, torch.Tensor]:
         at = np.fromiter(batches(len(rows), batch, number, seed), np.int64)
-        pixels = _shift(to_tensor(data.pixels[rows[at]]), number, seed).to(device())
+        pixels = shift(to_tensor(data.pixels[rows[at]]), number, seed).to(device())
         out = judge(pixels)
         losses = {k: F.cross_entropy(v, labels[k][at].to(v.device)) for k, v in out.items()}
         return {"loss": torch.stack(list(losses.values())).sum(),
@@ -103,7 +93,7 @@ def train_subject(work: Path, data: Pictures, steps: int, batch: int = 128, seed
     def step(number: int) -> dict[str, torch.Tensor]:
         who = np.fromiter(batches(individuals, batch // 4, number, seed), np.int64)
         rows = (who[:, None] * 4 + np.arange(4)).reshape(-1)
-        pixels = _shift(to_tensor(data.pixels[rows]), number, seed).to(device())
+        pixels = shift(to_tensor(data.pixels[rows]), number, seed).to(device())
         rows_out = F.normalize(model(pixels).pooler_output.flatten(1), dim=1)
         logits = rows_out @ rows_out.T / 0.1
         itself = torch.eye(batch, dtype=torch.bool, device=logits.device)

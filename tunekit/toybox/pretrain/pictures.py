@@ -27,6 +27,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.facts)
 
+    def __add__(self, other: Pictures) -> Pictures:
+        return Pictures(np.concatenate([self.pixels, other.pixels]), self.facts + other.facts)
+
 
 def _facts(scene: world.Scene, rng: world.Rng, individual: int = -1) -> dict[str, Any]:
     subject, colour, place, style = scene.attributes()
@@ -44,6 +47,12 @@ def _core(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
     return [(world.sample_training_scene(rng, world.CORE, pairs=0.04), -1)]
 
 
+def _odd(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
+    pose = world.sample_pose(rng, world.sample_odd_individual(rng, world.FULL), world.FULL)
+    place, style = str(rng.choice(world.FULL.places)), str(rng.choice(world.FULL.styles))
+    return [(world.Scene((pose,), place, style, int(rng.integers(1 << 31))), -1)]
+
+
 def _same(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
     """Four pictures of one individual, elsewhere each time and in other styles."""
     who = world.sample_individual(rng, world.FULL)
@@ -59,6 +68,7 @@ KINDS: dict[str, Callable[[world.Rng, int], list[tuple[world.Scene, int]]]] = {
     "full": _full,
     "core": _core,
     "same": _same,
+    "odd": _odd,
 }
 
 
