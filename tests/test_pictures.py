@@ -66,7 +66,7 @@ class TestPng:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=r"one\.png: cannot be written: No space left"):
             save_png(picture, path, SETTINGS | {"seed": 6})
         assert path.read_bytes() == before
         assert list(tmp_path.iterdir()) == [path]

@@ -28,11 +28,19 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, JsonValue]) 
     """Write `image` to `path` with `settings` inside it, whole or not at all.
 
     The PNG text `tunekit` holds the settings as JSON (see `read_settings`), `parameters` says
-    them to people. Raises OSError where the disk refuses.
+    them to people. Raises UserError with the path where the disk refuses.
     """
     info = PngInfo()
     info.add_text(READABLE, readable(settings))
     info.add_text(KEY, json.dumps(dict(settings), ensure_ascii=False))
+    try:
+        _write(image, path, info)
+    except OSError as fault:
+        why = fault.strerror or str(fault)
+        raise UserError(f"{path}: cannot be written: {why}") from fault
+
+
+def _write(image: Image.Image, path: Path, info: PngInfo) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
     temporary = Path(name)
