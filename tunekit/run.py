@@ -152,6 +152,7 @@ class _Session:
                     self.reporter.note(self.prepared.notes[-1])
             with self._timed("evaluating"):
                 evaluation = self._evaluate(files)
+            self.samples.before_after(evaluation.pairs)
             log.scores(evaluation.scores["scores"], self.recipe.train.steps)
         evaluation.scores["run"] = self._facts(files)
         if files:

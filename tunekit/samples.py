@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from pydantic import JsonValue
 
-    from tunekit.evaluation.measure import Question
+    from tunekit.evaluation.measure import Pair, Question
     from tunekit.inference import DrawSettings, Painter
 
+BEFORE_AFTER = "before-after.png"
 SAMPLE_PROMPTS = 2  # samples in training show that something happens; the evaluation judges
 
 
@@ -50,6 +51,15 @@ class Samples:
         }
         save_png(sheet, self.folder / f"{who}.png", about)
         return sheet
+
+    def before_after(self, pairs: Sequence[Pair]) -> Path:
+        """Keep one picture to show around: the base above, what was trained below, a seed each."""
+        shown = [pair for pair in pairs if pair.seed == self.seed]
+        images = [*(pair.before for pair in shown), *(pair.after for pair in shown)]
+        labels = [*(pair.plain for pair in shown), *(pair.told for pair in shown)]
+        path = self.folder / BEFORE_AFTER
+        save_png(grid(images, len(shown), labels), path, {"prompts": [*labels], "seed": self.seed})
+        return path
 
     def drawer(
         self, painter: Painter, who: str, tick: Callable[[str], None]

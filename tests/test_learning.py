@@ -1,0 +1,59 @@
+"""The proof that training teaches: the shipped recipes, reduced, on the bundled base.
+
+Reduced means fewer steps, two prompts and one seed; the full runs are `make demo` and
+`benchmarks/methods.py`'s business. Thresholds leave room for another processor's rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunekit
+from tunekit.export import ExportError
+from tunekit.progress import Silent
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FEWER = ("evaluate.seeds=[1]", "train.sample_every=0", "train.checkpoint_every=0")
+CHARACTER = 'evaluate.prompts=["a {trigger} {class} at night, flat style", ' \
+    '"a {trigger} {class} in the snow, pixel art"]'  # fmt: skip
+STYLE = 'evaluate.prompts=["a blue car on the beach, {trigger} {class}", ' \
+    '"a purple star in the snow, {trigger} {class}"]'  # fmt: skip
+
+
+def taught(recipe: str, prompts: str, folder: Path, *changes: str) -> dict[str, Any]:
+    """Run a shipped recipe in reduced size and return the scores it wrote."""
+    tunekit.train(
+        RECIPES / recipe, [prompts, *FEWER, *changes], out=folder, reporter=Silent()
+    )
+    scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+    return scores["scores"]
+
+
+@pytest.mark.timeout(600)
+def test_the_character_is_learned_and_prompts_are_still_followed(tmp_path: Path) -> None:
+    scores = taught("character-lora.yaml", CHARACTER, tmp_path / "run", "train.steps=120")
+    assert scores["likeness"]["closed"] >= 0.5
+    assert scores["fidelity"]["change"] >= -8
+
+
+@pytest.mark.timeout(600)
+def test_the_style_is_learned_and_prompts_are_still_followed(tmp_path: Path) -> None:
+    scores = taught("style-lora.yaml", STYLE, tmp_path / "run", "train.steps=120")
+    assert scores["likeness"]["closed"] >= 0.5
+    assert scores["fidelity"]["change"] >= -8
+
+
+def test_without_a_learning_rate_nothing_is_learned_and_the_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="differ"):
+        taught(
+            "character-lora.yaml", CHARACTER, tmp_path / "run",
+            "train.steps=5", "train.learning_rate=0",
+        )  # fmt: skip
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
+    assert scores["shift"]["score"] == pytest.approx(0, abs=1e-6)  # the same pictures, to the bit
+    # the trigger word alone, untaught, changes pictures a little, not towards the subject
+    assert scores["likeness"]["closed"] < 0.25
