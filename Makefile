@@ -10,7 +10,7 @@ BIN := .venv/bin
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 SETUP := .venv/.installed-$(KEY)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint schema clean
 .DEFAULT_GOAL := demo
 
 demo: $(SETUP)
@@ -25,6 +25,13 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What is told of recipe keys elsewhere: the schema for editors, the tables of docs/recipe.md.
+schema: $(SETUP)
+	$(BIN)/tunekit schema > recipes/schema.json
+	sed '/^<!-- generated/q' docs/recipe.md > docs/recipe.md.new
+	{ echo; $(BIN)/tunekit schema --markdown; } >> docs/recipe.md.new
+	mv docs/recipe.md.new docs/recipe.md
 
 # torch comes first and alone, pinned: a looser request for it brings gigabytes of CUDA packages.
 $(SETUP):

@@ -78,6 +78,7 @@ def project(
         (["validate", "small.yaml", "--print"], (*HEAVY, "rich")),
         (["validate", "small.yaml", "train.stepz=5"], (*HEAVY, "rich")),
         (["schema"], (*HEAVY, "rich")),
+        (["schema", "--markdown"], (*HEAVY, "rich")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

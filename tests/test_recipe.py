@@ -491,7 +491,7 @@ def test_shipped_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_schema_on_disk_is_the_schema() -> None:
     on_disk = json.loads((ROOT / "recipes/schema.json").read_text())
-    assert on_disk == json_schema(), "run: tunekit schema > recipes/schema.json"
+    assert on_disk == json_schema(), "run: make schema"
 
 
 def test_the_schema_describes_every_key_and_refuses_what_we_refuse() -> None:

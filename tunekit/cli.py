@@ -112,11 +112,20 @@ def validate(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print tables for people, not JSON for editors.")
+    ] = False,
+) -> None:
     """Print the JSON schema of recipes. It has every key's meaning, unit, range and default."""
-    from tunekit.recipe import json_schema
+    if as_markdown:
+        from tunekit.reference import markdown
 
-    _print_json(json_schema())
+        typer.echo(markdown(), nl=False)
+    else:
+        from tunekit.recipe import json_schema
+
+        _print_json(json_schema())
 
 
 @app.command()
