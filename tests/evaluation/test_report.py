@@ -188,6 +188,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "likeness": {"closed": 0.86, "ceiling": 0.9, "ceiling_from": "held-out"},
         "fidelity": {"change": -0.4},
         "leak": {"closed": 0.05},
+        "shift": {"closed": 0.2},
         "copied": {"score": 0.0, "count": 0, "of": 16, "closest_real_pair": 0.2},
     }
     for name, change in changes.items():
@@ -214,7 +215,14 @@ def result(**changes: Any) -> dict[str, Any]:
         ({"fidelity": {"change": -9.0}}, "learned", "no longer follows", "good poor good good"),
         ({"leak": {"closed": 0.2}}, "learned", "It learned", "good good fair good"),
         ({"leak": {"closed": 0.9}}, "learned", "It learned", "good good poor good"),
-        ({"leak": {"closed": None}}, "learned", "It learned", "good good good"),
+        ({"leak": {"closed": None}}, "learned", "It learned", "good good good good"),
+        ({"shift": {"closed": 0.7}}, "learned", "It learned", "good good fair good"),
+        (
+            {"leak": {"closed": None}, "shift": {"closed": None}},
+            "learned",
+            "It learned",
+            "good good good",
+        ),
         ({"copied": {"count": 1, "score": 0.06}}, "learned", "It learned", "good good good fair"),
         ({"copied": {"count": 9, "score": 0.56}}, "learned", "It learned", "good good good poor"),
         ({"copied": {"closest_real_pair": None}}, "learned", "It learned", "good good good"),

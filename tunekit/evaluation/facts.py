@@ -45,8 +45,8 @@ def machine(device: torch.device) -> str:
 def taught(recipe: Recipe, parameters: int) -> Table:
     """Return what was trained, and how."""
     train, adapter = recipe.train, recipe.adapter
-    settings = adapter.model_dump(mode="json", exclude_defaults=True)
-    own = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "kind")
+    settings = adapter.model_dump(mode="json", exclude={"kind"}, exclude_none=True)
+    own = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
     batch = f"{train.batch_size}"
     if train.gradient_accumulation > 1:
         batch += f" x {train.gradient_accumulation}"

@@ -8,6 +8,7 @@ from typing import Any
 LEARNED, PARTLY, BARELY = 0.75, 0.4, 0.1  # shares of the gap closed
 FELL, SLIPPED = -5.0, -2.0  # points of prompt fidelity
 LEAKED, TINGED = 0.4, 0.15  # shares of the gap closed without the trigger
+MOVED = 0.5  # share of the distance between the base's own pictures
 
 Sentence = dict[str, str]
 
@@ -120,16 +121,21 @@ def _fidelity(result: Mapping[str, Any]) -> Sentence:
 
 
 def _leak(result: Mapping[str, Any]) -> Sentence | None:
-    share = result["scores"]["leak"]["closed"]
-    if share is None:
-        return None
+    """Say what became of pictures without the trigger: taught too, or changed otherwise."""
+    sums = result["scores"]
+    share, moved = sums["leak"]["closed"], sums["shift"]["closed"]
     plain = f'"a {result["class"]}"' if result["kind"] == "subject" else "other pictures"
-    told = f"({percent(share)} of the gap closed without the trigger)"
-    if share >= LEAKED:
-        return {"tone": "poor", "text": f"It leaked: {plain} now look like it too {told}."}
-    if share >= TINGED:
+    if share is not None and share >= TINGED:
+        told = f"({percent(share)} of the gap closed)"
+        if share >= LEAKED:
+            return {"tone": "poor", "text": f"It leaked into {plain} without the trigger {told}."}
         return {"tone": "fair", "text": f"Without the trigger, {plain} took on some of it {told}."}
-    return {"tone": "good", "text": f"Without the trigger, {plain} stayed as before {told}."}
+    if moved is not None and moved >= MOVED:
+        text = f"Without the trigger, {plain} changed as well"
+        return {"tone": "fair", "text": f"{text} ({percent(moved)} of the way to another picture)."}
+    if share is None and moved is None:
+        return None
+    return {"tone": "good", "text": f"Without the trigger, {plain} stayed much as before."}
 
 
 def _copied(result: Mapping[str, Any]) -> Sentence | None:
