@@ -161,6 +161,7 @@ class _Session:
         self.writer.write_json(SCORES, evaluation.scores)
         self._report(evaluation, files, log)
         if refused is not None:
+            self.reporter.note(f"{self.writer.path / REPORT} shows what came of it")
             raise refused
         return Run(self.writer.path, self.recipe, evaluation.scores, files)
 

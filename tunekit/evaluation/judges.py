@@ -37,7 +37,7 @@ class StyleEncoder:
     that have words. The mean and standard deviation of each channel of the first hidden state know
     edges, texture and palette wherever they stand in the picture, words or not: style as Gatys et
     al. (CVPR 2016) and Huang and Belongie (ICCV 2017, "AdaIN") see it. Each alone misses styles
-    the other tells: see docs/report.md.
+    the other tells (`benchmarks/style_judge.py`).
     """
 
     what = "style encoder"
