@@ -72,11 +72,6 @@ class TestRefusals:
         assert "there is no folder" in refusal(tmp_path / "none")
         assert 'did you mean "toybox"' in refusal("toybx")
 
-    def test_a_single_file_is_refused_with_the_way_to_convert_it(self, tmp_path: Path) -> None:
-        path = tmp_path / "model.safetensors"
-        path.touch()
-        assert "from_single_file" in refusal(path)
-
     def test_a_wrong_family_name(self, folder: Path) -> None:
         with pytest.raises(UserError, match='there is no family "sdx"'):
             families.load(Base(model=str(folder), family="sdx"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import UserError
+from tunekit.safefile import check_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 META = "meta.json"
 _FORMAT = 1
-_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -177,7 +177,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    _check_header(path)
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             # A clone, because the library maps the file and the file may be replaced.
@@ -185,31 +185,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is damaged: {' '.join(str(error).split())}") from None
-
-
-def _check_header(path: Path) -> None:
-    """Refuse pickles and impossible headers by the first bytes, before any library looks."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            first = file.read(9)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    header = int.from_bytes(first[:8], "little")
-    if first[8:] == b"{" and header <= min(size - 8, _HEADER_LIMIT):
-        return
-    # A zip of pickles, or a bare one. Only now: these bytes can also begin an honest length.
-    if first[:2] == b"PK" or first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise UserError(
-            f"{path}: is a pickle, whatever its name says; it could run code when it is read and "
-            "is refused: ask for a .safetensors file"
-        )
-    if first[8:] != b"{":
-        raise UserError(f"{path}: is no safetensors file")
-    raise UserError(
-        f"{path}: is no whole safetensors file: its header claims {header} bytes, the file has "
-        f"{size}"
-    )
 
 
 @contextlib.contextmanager

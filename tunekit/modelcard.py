@@ -179,12 +179,16 @@ def _usage(recipe: Recipe, file: str, prompt: str, resolution: int) -> str:
     where = json.dumps(base if _HUB_ID.fullmatch(base) else f"path/to/{base}")
     if bundled:
         where = "tunekit.toybox.model_path()"
-    imports = ["import torch", "from diffusers import DiffusionPipeline"]
+    # A folder says itself which pipeline it is for, a single file does not.
+    pipeline, load = "DiffusionPipeline", "from_pretrained"
+    if base.endswith(".safetensors"):
+        pipeline, load = "StableDiffusionPipeline", "from_single_file"
+    imports = ["import torch", f"from diffusers import {pipeline}"]
     imports += ["import tunekit.toybox"] if bundled else []
     code = [
         *imports,
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({where})",
+        f"pipe = {pipeline}.{load}({where})",
         f'pipe.load_lora_weights(".", weight_name={json.dumps(file)})',
         "picture = pipe(",
         f"    {json.dumps(prompt, ensure_ascii=False)},",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunekit import singlefile
 from tunekit.errors import UserError, did_you_mean
 from tunekit.schema import BUNDLED
 
@@ -21,11 +24,51 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STEMS = "(diffusion_pytorch_model|model)"
 _DESCRIPTIONS = ["model_index.json", "*/config.json", "*/*_config.json"]
+_TEXTS = ["model_index.json", "*/*.json", "*/*.txt"]
+
+
+def names_file(model: str) -> bool:
+    """Say whether `base.model` means one file, there or not, and neither a folder nor a Hub id."""
+    path = Path(model).expanduser()
+    if model == BUNDLED:
+        return False
+    return path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir())
+
+
+def described_here(base: Base) -> bool:
+    """Say whether what describes the base lies on this disk, so that it can be held against it.
+
+    Raises UserError where the base is a single file that is not there or cannot be taken, or where
+    keys are set that mean nothing for it. No torch.
+    """
+    if not names_file(base.model):
+        if base.config is not None:
+            raise UserError(
+                f"base.config: describes a single .safetensors file, but {base.model} is none and "
+                "brings its own configuration; leave it out"
+            )
+        return base.model == BUNDLED or Path(base.model).expanduser().is_dir()
+    path = Path(base.model).expanduser()
+    if not path.is_file():
+        raise UserError(f"base.model: there is no file {base.model}")
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"base.model: {base.model} is a pickle, which can run code when it is read; tunekit "
+            "reads only .safetensors"
+        )
+    for key, value in (("variant", base.variant), ("revision", base.revision)):
+        if value is not None:
+            raise UserError(f"base.{key}: {base.model} is a single file, which has none")
+    singlefile.check(path)
+    return base.config is not None
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A diffusers folder: where it is, what the user calls it, and what its descriptions say."""
+    """A diffusers folder: where it is, what the user calls it, and what its descriptions say.
+
+    For a base that is one file, the folder that describes it.
+    """
 
     path: Path
     label: str
@@ -34,14 +77,17 @@ class ModelFolder:
     """Component name -> its config.json, where it has one."""
     fetch: Callable[[list[str]], object] | None = None
     """Brings files that match the patterns from the Hub; None for a folder of the user's own."""
+    weights: Path | None = None
+    """The file that holds all weights, in the original naming; None: they lie in the folder."""
 
     @classmethod
     def open(cls, base: Base) -> Self:
-        """Find `base.model`: the bundled toybox, a folder, or a Hub id. No weights are read.
+        """Find `base.model`: the bundled toybox, a folder, a file, or a Hub id.
 
-        Of a Hub id only the descriptions are fetched here, and never code: what is not asked for by
-        name stays there. Raises UserError with what to do.
+        No weights are read. Of a Hub id only the descriptions are fetched here, and never code:
+        what is not asked for by name stays there. Raises UserError with what to do.
         """
+        described_here(base)
         if base.model == BUNDLED:
             from tunekit.toybox import model_path
 
@@ -52,18 +98,40 @@ class ModelFolder:
             if not base.trust_remote_code:
                 folder.refuse_code()
             return folder
-        if path.is_file():
-            raise UserError(
-                f"base.model: {base.model} is a single file; tunekit reads diffusers folders: "
-                "convert it with StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
-            )
+        if names_file(base.model):
+            return cls._of_file(base, path)
         if not _HUB_ID.fullmatch(base.model):
             near = did_you_mean(base.model, [BUNDLED])
             raise UserError(
                 f"base.model: there is no folder {base.model}{near}; "
-                "a base is toybox, a diffusers folder, or a Hub id such as owner/name"
+                "a base is toybox, a diffusers folder, a .safetensors file, or a Hub id such as "
+                "owner/name"
             )
         return cls._from_hub(base)
+
+    @classmethod
+    def _of_file(cls, base: Base, path: Path) -> Self:
+        """Return the folder that describes a single file, with the file as its weights."""
+        if base.config is not None:
+            where = Path(base.config).expanduser()
+            folder = cls.read(where, label=f"base.config: {base.config}")
+            if not base.trust_remote_code:
+                folder.refuse_code()
+        else:
+            default = singlefile.default_config(path)
+            try:
+                folder = cls._from_hub(base.model_copy(update={"model": default}), _TEXTS)
+            except UserError as error:
+                raise UserError(
+                    f"base.config: {base.model} holds weights alone, and the configuration and "
+                    f"tokenizer of {default}, which diffusers takes for it, are neither in the "
+                    "local Hub cache nor to be had from the Hub: name a diffusers folder that has "
+                    "them (its weights are not needed)"
+                ) from error
+            _say(f"{base.model}: is taken for a {default}; name base.config if it is another model")
+        if singlefile.check(path):
+            _say(f"{base.model}: holds averaged (EMA) weights too; the plain ones are used")
+        return replace(folder, label=base.model, fetch=None, weights=path)
 
     @classmethod
     def read(
@@ -87,7 +155,7 @@ class ModelFolder:
         return cls(path, label, model_index, configs, fetch)
 
     @classmethod
-    def _from_hub(cls, base: Base) -> Self:
+    def _from_hub(cls, base: Base, wanted: list[str] = _DESCRIPTIONS) -> Self:
         from huggingface_hub import errors, snapshot_download
 
         def fetch(patterns: list[str]) -> Path:
@@ -117,7 +185,7 @@ class ModelFolder:
                 ) from None
             return Path(found)
 
-        return cls.read(fetch(_DESCRIPTIONS), label=base.model, fetch=fetch)
+        return cls.read(fetch(wanted), label=base.model, fetch=fetch)
 
     def summary(self) -> str:
         """Return what the folder holds, in words: the pipeline and the parts that tell families."""
@@ -159,8 +227,9 @@ class ModelFolder:
             self.fetch([*texts, *weights])
         for component in components:
             if not (self.path / component).is_dir():
-                raise UserError(f"{self.label}: has no folder {component}; the model is incomplete")
-        for component in weighted:
+                where = self.label if self.weights is None else self.path
+                raise UserError(f"{where}: has no folder {component}; the model is incomplete")
+        for component in weighted if self.weights is None else ():
             self._check_weights(component, kind)
 
     def _check_weights(self, component: str, kind: str) -> None:
@@ -183,6 +252,11 @@ class ModelFolder:
                 "save_pretrained(..., safe_serialization=True) where you trust it"
             )
         raise UserError(f"{self.label}: {component} holds no weights (*.safetensors)")
+
+
+@functools.cache  # a run loads its base more than once
+def _say(line: str) -> None:
+    logging.getLogger("tunekit").warning(line)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from tunekit import adapters, families, schema
 from tunekit.errors import UserError, did_you_mean
 from tunekit.families.base import SCHEDULERS
+from tunekit.modelfolder import described_here, names_file
 from tunekit.recipe_faults import explain, extra, fields, shown
 from tunekit.recipe_source import (
     Fault,
@@ -192,12 +193,15 @@ def _first_found(text: str, roots: Sequence[Path]) -> str | None:
 
 
 def _may_be_remote(text: str) -> bool:
-    return text == schema.BUNDLED or (_HUB_ID.fullmatch(text) is not None and text[0] != ".")
+    if text == schema.BUNDLED:
+        return True
+    return _HUB_ID.fullmatch(text) is not None and text[0] != "." and not names_file(text)
 
 
 def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
     looked = list(dict.fromkeys(os.path.abspath(root / Path(text).expanduser()) for root in roots))
-    problem = f'there is no folder "{text}" (looked for {", ".join(looked)})'
+    what = "file" if kind == "model" and names_file(text) else "folder"
+    problem = f'there is no {what} "{text}" (looked for {", ".join(looked)})'
     if kind == "folder":
         return problem
     near = did_you_mean(text, [schema.BUNDLED])
@@ -253,15 +257,19 @@ def _family(
         problem = f"must be {' or '.join(known)}, not {shown(name)}{did_you_mean(name, known)}"
         yield source.fault(("base", "family"), problem)
         name = None
-    if any(key.startswith("base.") for key in faulty) or not _is_local(base.get("model")):
+    if any(key.startswith("base.") for key in faulty):
         return
     try:
         settings = schema.Base.model_validate(base)
+        if not described_here(settings):
+            return
         family = families.recognise(families.ModelFolder.open(settings))
     except ValidationError:
         return  # listed already
     except UserError as exc:
-        yield source.fault(("base", "model"), str(exc).removeprefix("base.model: "))
+        blamed = re.match(r"base\.(\w+): ", str(exc))
+        key, problem = (blamed[1], str(exc)[blamed.end() :]) if blamed else ("model", str(exc))
+        yield source.fault(("base", key), problem)
         return
     if name is not None and name != family.name:
         problem = f"is {shown(name)}, but {settings.model} is {family.name}"
@@ -269,10 +277,6 @@ def _family(
     if type(size) is int and "data.resolution" not in faulty and size % family.size_multiple:
         problem = f"must be a multiple of {family.size_multiple} for {settings.model}, not {size}"
         yield source.fault(("data", "resolution"), problem)
-
-
-def _is_local(model: object) -> bool:
-    return isinstance(model, str) and (model == schema.BUNDLED or Path(model).exists())
 
 
 def _scheduler(source: Source, evaluate: Mapping[str, Any]) -> Iterator[Fault]:

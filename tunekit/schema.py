@@ -40,12 +40,19 @@ class Base(Section):
 
     model: str = Field(
         min_length=1,
-        description="The model to teach: `toybox` (bundled, 64 pixels), a diffusers folder, or a "
-        "Hugging Face Hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.",
+        description="The model to teach: `toybox` (bundled, 64 pixels), a diffusers folder, a "
+        "`.safetensors` file, or a Hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.",
         json_schema_extra=also(
             "pretrained_model_name_or_path", "name_or_path", "model_name", "base_model"
         )
         | holds_path("model"),
+    )
+    config: str | None = Field(
+        None,
+        min_length=1,
+        description="Diffusers folder with the configuration and tokenizer of a single file (its "
+        "weights are not needed); null: those of the Hub model that diffusers takes for the file.",
+        json_schema_extra=holds_path("folder"),
     )
     family: str | None = Field(
         None, description="The model's family; null: recognised from its files and said."

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tunekit import singlefile
 from tunekit.errors import UserError
 from tunekit.families.base import Conditioning, Family, PromptCutWarning, make_scheduler
 from tunekit.modelfolder import ModelFolder
@@ -67,7 +68,7 @@ class StableDiffusion(Family):
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             base.dtype
         ]
-        self._folder = folder.path
+        self._folder = folder
         self._variant = base.variant
         self._loaded: dict[str, nn.Module] = {}
         self._weights: dict[str, int] = {}
@@ -284,7 +285,7 @@ def _noise_schedule(scheduler: Any, label: str) -> NoiseSchedule:
     return NoiseSchedule(trained.alphas_cumprod.float(), kind)
 
 
-def _load(folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+def _load(folder: ModelFolder, name: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
     """Return a component with every one of its weights read from the folder's safetensors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors import SafetensorError
@@ -295,20 +296,24 @@ def _load(folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> n
         "vae": AutoencoderKL,
         "text_encoder": CLIPTextModel,
     }
+    if folder.weights is not None:
+        return singlefile.load(kinds[name], folder.weights, folder.path, name, dtype)
     # The two libraries call it by two names.
     precision = "dtype" if name == "text_encoder" else "torch_dtype"
     where: dict[str, Any] = {"subfolder": name, "use_safetensors": True, "variant": variant}
     where[precision] = dtype
     try:
         with _quiet():
-            module, report = kinds[name].from_pretrained(folder, output_loading_info=True, **where)
+            module, report = kinds[name].from_pretrained(
+                folder.path, output_loading_info=True, **where
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         line = " ".join(str(error).split())
-        raise UserError(f"{folder / name}: cannot be loaded: {line[:300]}") from None
+        raise UserError(f"{folder.path / name}: cannot be loaded: {line[:300]}") from None
     # The libraries fill a missing weight with random numbers and go on.
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"{folder / name}: {len(missing)} weights are missing, such as {missing[0]}; "
+            f"{folder.path / name}: {len(missing)} weights are missing, such as {missing[0]}; "
             "the folder is incomplete or was saved under names this version does not read"
         )
     loaded: nn.Module = module

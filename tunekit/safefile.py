@@ -1,0 +1,57 @@
+"""Whether a file is what its name says, before any library opens it: a whole safetensors file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tunekit.errors import UserError
+
+_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
+
+
+def check_header(path: Path) -> int:
+    """Return the header's length in bytes; no library has looked at the file when this returns.
+
+    Raises UserError for a pickle, an impossible header, or a file that cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    header = int.from_bytes(first[:8], "little")
+    if first[8:] == b"{" and header <= min(size - 8, _HEADER_LIMIT):
+        return header
+    # A zip of pickles, or a bare one. Only now: these bytes can also begin an honest length.
+    if first[:2] == b"PK" or first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise UserError(
+            f"{path}: is a pickle, whatever its name says; it could run code when it is read and "
+            "is refused: ask for a .safetensors file"
+        )
+    if first[8:] != b"{":
+        raise UserError(f"{path}: is no safetensors file")
+    raise UserError(
+        f"{path}: is no whole safetensors file: its header claims {header} bytes, the file has "
+        f"{size}"
+    )
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of a file's tensors, in order; no tensor is read, nor torch imported.
+
+    Raises UserError for what is not a whole safetensors file.
+    """
+    length = check_header(path)
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(8 + length)[8:])
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        missing = 8 + length + end - path.stat().st_size
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError):
+        raise UserError(f"{path}: is damaged: its header cannot be read") from None
+    if missing > 0:
+        raise UserError(f"{path}: is cut short: {missing} bytes are missing; download it again")
+    return sorted(header)
