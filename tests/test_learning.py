@@ -26,9 +26,7 @@ STYLE = 'evaluate.prompts=["a blue car on the beach, {trigger} {class}", ' \
 
 def taught(recipe: str, prompts: str, folder: Path, *changes: str) -> dict[str, Any]:
     """Run a shipped recipe in reduced size and return the scores it wrote."""
-    tunekit.train(
-        RECIPES / recipe, [prompts, *FEWER, *changes], out=folder, reporter=Silent()
-    )
+    tunekit.train(RECIPES / recipe, [prompts, *FEWER, *changes], out=folder, reporter=Silent())
     scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
     return scores["scores"]
 
