@@ -107,15 +107,20 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     from tunekit.data import preflight
     from tunekit.inference import default_device
 
-    preflight(recipe.data)
-    if recipe.data.holdout is not None:
-        preflight(recipe.data, folder=recipe.data.holdout)
+    holdout = recipe.data.holdout
+    sheet = preflight(recipe.data)
+    held_out = preflight(recipe.data, folder=holdout) if holdout is not None else None
+    _refuse_shared(sheet, held_out)
     _check_judges(recipe)
     device = default_device()
     family = families.load(recipe.base, device)
     resolution = recipe.data.resolution or family.default_resolution
     _check_drawing(recipe, family, resolution)
-    sheet, held_out = _read_pictures(recipe, family, resolution)
+    if sheet.resolution is None:  # only the base knew how large pictures are to be
+        sheet = preflight(recipe.data, resolution)
+        if holdout is not None:
+            held_out = preflight(recipe.data, resolution, folder=holdout)
+    sheet = sheet.with_cut_captions(family.cut_words)
     notes = [*sheet.summary(), *_cut_prompts(recipe, family)]
     for note in notes:
         reporter.note(note)
@@ -147,24 +152,15 @@ def _check_drawing(recipe: Recipe, family: Family, resolution: int) -> None:
     family.pipeline(recipe.evaluate.scheduler)
 
 
-def _read_pictures(
-    recipe: Recipe, family: Family, resolution: int
-) -> tuple[DataSheet, DataSheet | None]:
-    from tunekit.data import preflight
+def _refuse_shared(sheet: DataSheet, held_out: DataSheet | None) -> None:
     from tunekit.data.sheet import shared_pictures
 
-    data = recipe.data
-    sheet = preflight(data, resolution).with_cut_captions(family.cut_words)
-    if data.holdout is None:
-        return sheet, None
-    held_out = preflight(data, resolution, folder=data.holdout)
-    if shared := shared_pictures(sheet, held_out):
+    if held_out is not None and (shared := shared_pictures(sheet, held_out)):
         trained, held = shared[0]
         raise UserError(
             f"data.holdout: {held_out.folder / held} is the training picture {trained}; held-out "
             "pictures must never be trained on, or the ceiling of the scores means nothing"
         )
-    return sheet, held_out
 
 
 def _cut_prompts(recipe: Recipe, family: Family) -> list[str]:
