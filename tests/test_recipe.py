@@ -214,6 +214,18 @@ def test_overrides_obey_the_same_rules_and_are_named(folder: Path) -> None:
     }
 
 
+def test_a_number_that_is_none_gets_no_hint_to_write_it_without_quotes(folder: Path) -> None:
+    for text in ("nan", "inf", "-inf"):
+        assert faults(GOOD, f"train.learning_rate={text}") == [
+            f'override "train.learning_rate={text}": train.learning_rate: must be a number, '
+            f'not "{text}"'
+        ]
+
+
+def test_a_key_of_another_section_comes_before_a_word_that_is_near(folder: Path) -> None:
+    assert faults(GOOD, "train.resolution=64")[0].endswith('(did you mean "data.resolution"?)')
+
+
 def test_overrides_take_numbers_lists_sections_and_plain_text(folder: Path) -> None:
     recipe = load_recipe(
         folder / "recipes/good.yaml",
@@ -426,6 +438,10 @@ def test_from_python(folder: Path) -> None:
     assert recipe_from(recipe) == recipe
     assert recipe_from(recipe, ["adapter.rank=4"]).adapter.rank == 4  # type: ignore[attr-defined]
     assert recipe_from("recipes/good.yaml").name == "good"
+    assert recipe_from("recipes/good.yaml", "train.steps=3").train.steps == 3
+    for wrong in ({"train.steps": 3}, [{"train.steps": 3}], [3]):
+        with pytest.raises(RecipeError, match=r'^overrides: must be texts such as \["train.st.*$'):
+            recipe_from(recipe, wrong)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=r"^recipe: adapter.kind: must be .*not \"lorra\""):
         recipe_from({**recipe.model_dump(), "adapter": {"kind": "lorra"}})
 

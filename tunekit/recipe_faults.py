@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -144,10 +145,9 @@ def _hint(kind: str, value: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _bounds(field: FieldInfo | None, context: Mapping[str, Any]) -> str:
@@ -201,13 +201,15 @@ def _suggestion(key: Key, sections: Mapping[str, type[Section]]) -> str:
         return ""
     here = dict(fields(sections[own]))
     known_as = _synonym(word, here.items())
-    near = f' (did you mean "{known_as}"?)' if known_as else did_you_mean(word, here)
-    if near:
+    if known_as:
+        return f' (did you mean "{known_as}"?)'
+    others = {name: dict(fields(section)) for name, section in sections.items() if name != own}
+    same = [(name, word) for name, there in others.items() if word in there]
+    if not same and (near := did_you_mean(word, here)):
         return near
-    for name, section in sections.items():
-        there = dict(fields(section))
-        found = word if word in there else _synonym(word, there.items())
-        if found and name != own:
+    known = [(name, _synonym(word, there.items())) for name, there in others.items()]
+    for name, found in [*same, *known]:
+        if found:
             return f' (did you mean "{dotted((name, found)) if name else found}"?)'
     return f"; known here: {', '.join(here)}"
 

@@ -291,6 +291,11 @@ def from_overrides(overrides: Sequence[str]) -> Iterator[Source]:
     VALUE is a YAML scalar, taken whole as text where it is no number, truth value or null; one
     that opens with ``[``, ``{`` or a quote is read as YAML. Nothing after ``=`` is empty text.
     """
+    if isinstance(overrides, str):
+        overrides = (overrides,)
+    if isinstance(overrides, Mapping) or not all(isinstance(text, str) for text in overrides):
+        said = f'must be texts such as ["train.steps=500"], not {overrides!r:.60}'
+        raise RecipeError([Fault(Place("overrides"), "", said)])
     seen: dict[str, str] = {}
     for override in overrides:
         place = Place(f'override "{override}"')
