@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from taught import recipe_for, teach
 
+import tunekit
 from tunekit import checkpoint, export
 from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.errors import UserError
@@ -210,6 +211,35 @@ class TestRefused:
         (tmp_path / "recipe.yaml").write_text("name: 3\n")
         with pytest.raises(UserError, match=r"recipe\.yaml: name: "):
             generate(Request(run=tmp_path))
+
+
+class TestFromPython:
+    def test_a_run_draws_as_it_does_on_the_command_line(self, run: Path, tmp_path: Path) -> None:
+        made = generate(Request(run=run), tmp_path / "out", device="cpu")
+        painter = tunekit.load(str(run), device="cpu")
+        assert painter.settings.steps == 2
+        drawn = painter.draw("a red {trigger}", seed=3)
+        again = next(painter.draw_many(["a red {trigger}"], [3]))
+        assert again.prompt == "a red zorp"
+        with Image.open(made.pictures[2]) as picture:
+            assert picture.tobytes() == drawn.tobytes() == again.image.tobytes()
+
+    def test_an_adapter_may_stand_alone(self, run: Path, recipe: Recipe) -> None:
+        file = run / "export/zorp-diffusers.safetensors"
+        expected = tunekit.load(run, device="cpu").draw("a zorp", 1)
+        for adapters in (str(file), file, (file, 1.0), [str(file)]):
+            painter = tunekit.load(recipe.base, adapters=adapters, device="cpu")
+            assert painter.draw("a {trigger}", 1).tobytes() == expected.tobytes()
+        alone = tunekit.load(adapters=run / "checkpoints/step-000002", device="cpu")
+        assert alone.settings == painter.settings
+
+    def test_what_is_missing_is_said(self, run: Path, recipe: Recipe) -> None:
+        with pytest.raises(UserError, match=r"^nosuch\.safetensors: there is no such file$"):
+            tunekit.load(recipe.base, adapters="nosuch.safetensors")
+        with pytest.raises(UserError, match=r"^nosuch\.safetensors: there is no such file$"):
+            generate(Request(adapters=["nosuch.safetensors"]))
+        with pytest.raises(UserError, match="says which model"):
+            tunekit.load(adapters=[run, run])
 
 
 def test_an_adapter_on_the_command_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunekit.inference import load
+    from tunekit.generate import load
     from tunekit.recipe import Recipe
     from tunekit.run import train
 
@@ -43,7 +43,7 @@ class _Package(ModuleType):
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from tunekit.inference import load
+        from tunekit.generate import load
 
         return load
     if name == "Recipe":

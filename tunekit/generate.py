@@ -1,4 +1,4 @@
-"""From a run or an adapter file to a folder of pictures: what `tunekit generate` does."""
+"""From a run or an adapter file to pictures: what `tunekit generate` and `tunekit.load` do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from tunekit import inference
 from tunekit.checkpoint import read_safetensors
 from tunekit.data.captions import fill
 from tunekit.errors import UserError
-from tunekit.inference import AdapterSource, Drawn, DrawSettings, is_checkpoint, load
+from tunekit.inference import (
+    AdapterSource,
+    Drawn,
+    DrawSettings,
+    Painter,
+    is_checkpoint,
+    sources,
+)
 from tunekit.pictures import grid, save_png
-from tunekit.runfolder import RunFolder
+from tunekit.runfolder import RECIPE, RunFolder
 from tunekit.schema import BUNDLED, Base, Data, Evaluate
 
 if TYPE_CHECKING:
@@ -73,6 +81,39 @@ class _Known:
     name: str = "pictures"
 
 
+def load(
+    base: str | Path | Base | None = None,
+    adapters: AdapterSource | Iterable[AdapterSource] = (),
+    device: str | torch.device | None = None,
+) -> Painter:
+    """Return a painter that draws as `tunekit generate` does: of a run, of files, or of a base.
+
+    base: a run's folder, whose base and exported adapter are taken, or a base: `toybox`, a
+    diffusers folder, a Hub id, a section of a recipe; None: the one that the only adapter says,
+    `toybox` without adapters. adapters: one or several, as of `inference.load`. A run, or an only
+    adapter, also says the painter's `settings` (size, steps, guidance) and the words that its
+    ``draw`` fills into {trigger} and {class}.
+
+    Raises UserError for what is not there, not safe to read, or does not fit the base.
+    """
+    adapters = sources(adapters)
+    if isinstance(base, (str, Path)) and (Path(base) / RECIPE).is_file():
+        request = Request(run=Path(base), adapters=adapters)
+        base = None
+    else:
+        if base is None and not adapters:
+            base = BUNDLED
+        request = Request(adapters=adapters)
+    known, adapters = _resolve(request)
+    if base is not None:
+        known = replace(known, base=base if isinstance(base, Base) else Base(model=str(base)))
+    painter = inference.load(_base(known), adapters, device)
+    painter.settings = _settings(request, known)
+    if known.data is not None:
+        painter.words = (known.data.trigger, known.data.class_noun)
+    return painter
+
+
 def generate(
     request: Request,
     out: Path | None = None,
@@ -92,16 +133,12 @@ def generate(
     written before everything has been loaded.
     """
     known, adapters = _resolve(request)
-    if known.base is None:
-        raise UserError(
-            "base: neither a run nor the adapter file says which model to draw with; name it, such "
-            f"as --base {BUNDLED}"
-        )
+    base = _base(known)
     prompts = [_filled(prompt, known.data) for prompt in request.prompts or _prompts(known)]
     seeds = _seeds(request, known.evaluate)
     settings = _settings(request, known)
     folder = _folder(out, known.name, overwrite)
-    painter = load(known.base, adapters, device)
+    painter = inference.load(base, adapters, device)
     drawn, paths = [], []
     for picture in painter.draw_many(prompts, seeds, settings):
         name = f"{picture.number:03d}-{_slug(picture.prompt)}-seed{picture.seed}.png"
@@ -156,6 +193,15 @@ def _resolve(request: Request) -> tuple[_Known, list[AdapterSource]]:
     return known, adapters
 
 
+def _base(known: _Known) -> Base:
+    if known.base is None:
+        raise UserError(
+            "base: neither a run nor the adapter file says which model to draw with; name it, such "
+            f"as --base {BUNDLED}"
+        )
+    return known.base
+
+
 def _of_run(run: RunFolder) -> _Known:
     return _Known(run.recipe.base, run.recipe.data, run.recipe.evaluate, run.recipe.name)
 
@@ -164,6 +210,8 @@ def _said_by(path: Path) -> _Known:
     """Return what the recipe in a file, run or checkpoint says; nothing where none can be read."""
     if is_checkpoint(path):
         return _of_run(RunFolder.around(path))
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
     if not path.is_file():
         return _of_run(RunFolder.open(path))
     _, metadata = read_safetensors(path)

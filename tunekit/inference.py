@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tunekit
 from tunekit import adapters as adapter_kinds
 from tunekit import checkpoint, families
+from tunekit.data.captions import fill
 from tunekit.errors import UserError
 from tunekit.export import sha256
 from tunekit.families.base import PromptCutWarning
@@ -97,7 +98,10 @@ class Drawn:
 class Painter:
     """A base with its adapters, ready to draw.
 
-    Make one with `load`, or with `Painter.of` around a model in training.
+    Make one with `tunekit.load`, with `load`, or with `Painter.of` around a model in training.
+
+    settings: how `draw` and `draw_many` draw where they are not told. words: a trigger and its
+    class, filled into the {trigger} and {class} of prompts; None: prompts are taken as they are.
     """
 
     def __init__(
@@ -106,6 +110,8 @@ class Painter:
         set_scale: Callable[[float], None] | None = None,
         adapters: Sequence[dict[str, JsonValue]] = (),
     ) -> None:
+        self.settings = DrawSettings()
+        self.words: tuple[str, str] | None = None
         self.family = family
         self._set_scale = set_scale
         self._adapters = list(adapters)
@@ -129,7 +135,7 @@ class Painter:
         Raises UserError for a size the family cannot draw, an unknown scheduler, or a model whose
         picture is not a number (NaN); a prompt longer than the model reads gives a warning.
         """
-        return self._draw(prompt, seed, settings or DrawSettings())[0]
+        return self._draw(self._filled(prompt), seed, settings or self.settings)[0]
 
     def draw_many(
         self,
@@ -138,12 +144,16 @@ class Painter:
         settings: DrawSettings | None = None,
     ) -> Iterator[Drawn]:
         """Draw each prompt with each seed, and yield every picture as soon as it is there."""
-        settings = settings or DrawSettings()
+        settings = settings or self.settings
         total = len(prompts) * len(seeds)
-        pairs = ((prompt, seed) for prompt in prompts for seed in seeds)
+        filled = [self._filled(prompt) for prompt in prompts]
+        pairs = ((prompt, seed) for prompt in filled for seed in seeds)
         for number, (prompt, seed) in enumerate(pairs, 1):
             image, stored = self._draw(prompt, seed, settings)
             yield Drawn(image, prompt, seed, stored, number, total)
+
+    def _filled(self, prompt: str) -> str:
+        return prompt if self.words is None else fill(prompt, *self.words)
 
     def _draw(
         self, prompt: str, seed: int, settings: DrawSettings
@@ -255,19 +265,19 @@ def default_device() -> torch.device:
 
 def load(
     base: str | Base = BUNDLED,
-    adapters: Iterable[AdapterSource] = (),
+    adapters: AdapterSource | Iterable[AdapterSource] = (),
     device: str | torch.device | None = None,
 ) -> Painter:
     """Return a painter: a base with adapters on top.
 
-    base: `toybox`, a diffusers folder, a Hub id, or a recipe's base section. adapters: each a path
-    or (path, weight), where weight 1 is the strength it was trained at and a path is an exported
-    ``.safetensors`` file, a finished run's folder, or a checkpoint folder inside a run (at most one
-    of these). device: None: a GPU if there is one.
+    base: `toybox`, a diffusers folder, a Hub id, or a recipe's base section. adapters: one or
+    several, each a path or (path, weight), where weight 1 is the strength it was trained at and a
+    path is an exported ``.safetensors`` file, a finished run's folder, or a checkpoint folder
+    inside a run (at most one of these). device: None: a GPU if there is one.
 
     Raises UserError for what is not there, not safe to read, or does not fit the base.
     """
-    pairs = [_pair(source) for source in adapters]
+    pairs = [_pair(source) for source in sources(adapters)]
     states = [path for path, _ in pairs if is_checkpoint(path)]
     if len(states) > 1:
         raise UserError(
@@ -291,6 +301,15 @@ def load(
     for layer in adapter_layers(family).values():
         layer.set_adapter(list(layer.scaling), inference_mode=True)
     return Painter(family, set_scale, [_described(path, weight) for path, weight in pairs])
+
+
+def sources(adapters: AdapterSource | Iterable[AdapterSource]) -> list[AdapterSource]:
+    """Return adapters as a list, a single one too."""
+    if isinstance(adapters, (str, Path)):
+        return [adapters]
+    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
+        return [adapters]
+    return list(adapters)
 
 
 def _pair(source: AdapterSource) -> tuple[Path, float]:
