@@ -128,6 +128,61 @@ class TestVerified:
         ]
 
 
+class TestTinyChanges:
+    """What fp16 takes from small numbers is no fault of the file, and hides none."""
+
+    @pytest.fixture
+    def brief(self, recipe: Recipe) -> tuple[Family, Adapter]:
+        """Return what two steps of a warm-up leave: every number of B about as large as its rate.
+
+        One module had no gradient, or one that is nothing but rounding.
+        """
+        family, adapter = teach(recipe)
+        random = torch.Generator().manual_seed(3)
+        grown = [p for name, p in adapter.trained().items() if "lora_B" in name]
+        with torch.no_grad():
+            for parameter in grown:
+                sign = torch.randn(parameter.shape, generator=random).sign()
+                parameter.copy_(sign * 2e-6 * torch.rand(parameter.shape, generator=random))
+            grown[0].zero_()
+            grown[1].mul_(1e-6)
+        return family, adapter
+
+    def test_the_file_of_a_very_short_run_is_good(
+        self, recipe: Recipe, brief: tuple[Family, Adapter], tmp_path: Path
+    ) -> None:
+        parity = export_adapter(*brief, recipe, tmp_path)[0].parity
+        assert parity.module_error is not None
+        assert verification.TOLERANCE["fp16"] < parity.module_error < 0.1
+
+    def test_a_module_without_gradient_vetoes_no_run(self, recipe: Recipe, tmp_path: Path) -> None:
+        family, adapter = teach(recipe)
+        grown = [p for name, p in adapter.trained().items() if "lora_B" in name]
+        with torch.no_grad():
+            grown[0].zero_()
+            grown[1].mul_(1e-9)
+        assert export_adapter(family, adapter, recipe, tmp_path)[0].path.is_file()
+
+    def test_faults_are_still_found(
+        self, recipe: Recipe, brief: tuple[Family, Adapter], tmp_path: Path
+    ) -> None:
+        state = export.cast_tensors(brief[1].export_state("diffusers")[0], "fp16", "file")
+        lost = {k: t / 1.5 if "lora_B" in k else t for k, t in state.items()}
+        assert rejected(recipe, brief, tmp_path, lost) == "changes the weights as trained"
+        last = [key for key in state if "lora_B" in key][-1]
+        wrong = state | {last: state[last] / 1.5}
+        assert rejected(recipe, brief, tmp_path, wrong) == "changes the weights as trained"
+
+    def test_a_file_that_rounding_emptied(
+        self, recipe: Recipe, brief: tuple[Family, Adapter], tmp_path: Path
+    ) -> None:
+        with torch.no_grad():
+            for name, parameter in brief[1].trained().items():
+                parameter.mul_(0.02 if "lora_B" in name else 50.0)
+        with pytest.raises(ExportError, match=r"rounding takes .*% of it: set export\.dtype: fp32"):
+            export_adapter(*brief, recipe, tmp_path)
+
+
 class TestRejected:
     def test_what_changes_nothing(self, recipe: Recipe, tmp_path: Path) -> None:
         """B is zero before the first step: the file would load, and draw the base."""

@@ -8,6 +8,8 @@ however small its part in the whole. The prediction is what people get, whatever
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,14 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 8e-3}
 # What two computations of the same prediction may differ by, as a share of the prediction, because
 # a base in this format rounds in between. Where that hides the change, weight changes still tell.
 NOISE = {"fp32": 5e-6, "fp16": 2e-3, "bf16": 2e-2}
+# Below these a format has no finer steps: half the distance of its smallest numbers is what a tiny
+# number may be off by, whatever its size (IEEE 754: 2 ** (least exponent - digits)).
+FLOOR = {"fp32": 2.0**-150, "fp16": 2.0**-25, "bf16": 2.0**-134}
+# The most that these steps may take from the whole of what was learned.
+MOST_LOST = 0.1
+# A module whose change is less than this share of the usual one is measured as if it were this:
+# attention over one place has no gradient, and its change is nothing but the rounding of zero.
+LEAST_SHARE = 1e-3
 # The least change of the prediction that counts as one. No adapter, or one of zeros, has exactly 0.
 LEAST_CHANGE = 1e-6
 
@@ -210,9 +220,11 @@ def compare(
         tolerance = TOLERANCE[file_dtype]
         if base_dtype != "fp32":  # diffusers holds the file's tensors in the base's format
             tolerance += TOLERANCE[base_dtype]
-        worst = _compare_changes(adapter_layers(fresh), trained.layers, tolerance)
+        floor = FLOOR[file_dtype] + (FLOOR[base_dtype] if base_dtype != "fp32" else 0.0)
+        worst, lost = _compare_changes(adapter_layers(fresh), trained.layers, tolerance, floor)
         loaded = ask(fresh, probe)
     distance = float((loaded - trained.prediction).norm())
+    tolerance += lost
     if not distance <= tolerance * change + NOISE[base_dtype] * size:  # NaN fails too
         raise VerificationError(
             "predicts as trained",
@@ -223,29 +235,62 @@ def compare(
 
 
 def _compare_changes(
-    loaded: Mapping[str, Any], trained: Mapping[str, Any], tolerance: float
-) -> float | None:
-    """Return the worst module's error; None where the trained adapter is no peft one."""
+    loaded: Mapping[str, Any], trained: Mapping[str, Any], tolerance: float, floor: float
+) -> tuple[float | None, float]:
+    """Return the worst module's error, and the share of the whole change that rounding explains.
+
+    tolerance: allowed error as a share of a module's change; floor: absolute error that any number
+    in the file may have. (None, 0) where the trained adapter is no peft one.
+    """
     if not trained:
-        return None
+        return None, 0.0
     check = "changes the weights as trained"
     if missing := sorted(trained.keys() - loaded.keys()):
         raise VerificationError(check, f"nothing in the file is for {_some(missing)}")
     if extra := sorted(loaded.keys() - trained.keys()):
         raise VerificationError(check, f"the file changes {_some(extra)}, which was not trained")
-    errors: dict[str, float] = {}
+    sizes, distances, floors = {}, {}, {}
     for name, layer in trained.items():
         wanted = _change(layer)  # one module at a time: all of them are as large as the model
-        distance, size = float((_change(loaded[name]) - wanted).norm()), float(wanted.norm())
-        errors[name] = distance / size if size else (0.0 if distance == 0 else float("inf"))
-    off = sorted((name for name in errors if not errors[name] <= tolerance), key=errors.__getitem__)
+        sizes[name] = float(wanted.norm())
+        distances[name] = float((_change(loaded[name]) - wanted).norm())
+        floors[name] = _rounding(loaded[name], floor)
+    whole = math.hypot(*sizes.values())
+    least = max(LEAST_SHARE * whole / math.sqrt(len(sizes)), sys.float_info.min)
+    scales = {name: max(size, least) for name, size in sizes.items()}
+    errors = {name: distances[name] / scale for name, scale in scales.items()}
+    excess = {name: errors[name] - floors[name] / scale for name, scale in scales.items()}
+    off = sorted((name for name in errors if not excess[name] <= tolerance), key=excess.__getitem__)
     if off:
         raise VerificationError(
             check,
             f"the change of {_some(off[::-1])} is off by {errors[off[-1]]:.1%}, and rounding "
-            f"explains {tolerance:.1%} (if these changes are tiny, set export.dtype: fp32)",
+            f"explains {tolerance + errors[off[-1]] - excess[off[-1]]:.1%}",
         )
-    return max(errors.values())
+    lost = math.hypot(*distances.values())
+    if not lost <= (tolerance + MOST_LOST) * whole:
+        raise VerificationError(
+            check,
+            f"so little was learned that rounding takes {lost / whole:.0%} of it: "
+            "set export.dtype: fp32, or train for longer",
+        )
+    return max(errors.values()), math.hypot(*floors.values()) / whole if whole else 0.0
+
+
+def _rounding(layer: Any, floor: float) -> float:
+    """Return how far a layer's change moves where each of its numbers is off by `floor`.
+
+    As a norm, of errors that are independent: those of B (out x rank) reach every output through A,
+    those of A (rank x in) through B. 0 for kinds of layers that have no such factors.
+    """
+    moved = [0.0]
+    for name in layer.active_adapters if hasattr(layer, "lora_B") else ():
+        up, down = (layer.get_submodule(f"{f}.{name}").weight for f in ("lora_B", "lora_A"))
+        up, down = up.detach().float().flatten(1), down.detach().float().flatten(1)
+        moved.append(len(up) ** 0.5 * float(down.norm()) * abs(layer.scaling[name]))
+        moved.append(down.shape[1] ** 0.5 * float(up.norm()) * abs(layer.scaling[name]))
+        moved.append((len(up) * down.shape[1]) ** 0.5)  # the product, in the base's format
+    return floor * math.hypot(*moved)
 
 
 def _change(layer: Any) -> Tensor:
