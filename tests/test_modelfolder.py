@@ -154,6 +154,34 @@ class TestRefusals:
         (folder / "scheduler" / "scheduler_config.json").unlink()
         assert "scheduler: cannot be loaded" in refusal(folder)
 
+    def test_a_scheduler_whose_package_is_missing(
+        self, folder: Path, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from diffusers.utils import dummy_torch_and_torchsde_objects as without_torchsde
+
+        name = "DPMSolverSDEScheduler"
+        monkeypatch.setattr(f"diffusers.{name}", getattr(without_torchsde, name))
+        rewrite_index(folder, scheduler=["diffusers", name])
+        line = refusal(folder)
+        assert "scheduler: cannot be loaded" in line
+        assert "torchsde" in line
+        family = families.load(Base(model=str(tiny_folder("sd"))))
+        with pytest.raises(UserError, match=f"scheduler: {name}: cannot .*torchsde") as caught:
+            family.pipeline(name)
+        assert "\n" not in str(caught.value)
+
+    def test_an_unknown_beta_schedule(self, folder: Path) -> None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_schedule": "wavy"}))
+        assert "wavy" in refusal(folder)
+
+    def test_an_incomplete_vae_config(self, folder: Path) -> None:
+        path = folder / "vae" / "config.json"
+        config = json.loads(path.read_text())
+        del config["block_out_channels"]
+        path.write_text(json.dumps(config))
+        assert "vae: cannot be loaded" in refusal(folder)
+
     def test_a_prediction_type_that_cannot_be_trained(self, folder: Path) -> None:
         path = folder / "scheduler" / "scheduler_config.json"
         config = json.loads(path.read_text()) | {"prediction_type": "flow_prediction"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,6 +253,38 @@ class ModelFolder:
                 "save_pretrained(..., safe_serialization=True) where you trust it"
             )
         raise UserError(f"{self.label}: {component} holds no weights (*.safetensors)")
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads `what` from files into a one-line UserError.
+
+    A broken file shows itself as almost any error, from the JSON parser to the shape of a tensor.
+    Around calls of libraries only: an error of our own must stay one.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        names = f"needs the package {error.name}" if error.name else " ".join(str(error).split())
+        raise UserError(f"{what}: cannot be loaded: {names[:300]}") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+    ) as error:
+        # KeyError and IndexError say next to nothing without their names.
+        bare = isinstance(error, LookupError) or not str(error).strip()
+        line = " ".join((repr(error) if bare else str(error)).split())
+        raise UserError(f"{what}: cannot be loaded: {line[:300]}") from error
 
 
 @functools.cache  # a run loads its base more than once

@@ -160,6 +160,29 @@ def test_pickled_weights_are_refused(subject_folder: Path, tmp_path: Path) -> No
         SubjectEncoder.load(str(folder))
 
 
+@pytest.mark.parametrize("kind", [SubjectEncoder, Clip])
+def test_a_truncated_file_is_refused(
+    kind: type[ImageEncoder], subject_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "truncated"
+    shutil.copytree(clip_folder if kind is Clip else subject_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"truncated': cannot be loaded") as caught:
+        kind.load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"size": 8, "resample": [2]}', "\xff"])
+def test_broken_preprocessing_is_refused(subject_folder: Path, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(subject_folder, folder)
+    (folder / "preprocessor_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: cannot be loaded") as caught:
+        SubjectEncoder.load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
 def test_code_beside_the_weights_is_not_run(subject_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "code"
     shutil.copytree(subject_folder, folder)
@@ -173,7 +196,7 @@ def test_code_beside_the_weights_is_not_run(subject_folder: Path, tmp_path: Path
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"CLIP '{tmp_path}' cannot be loaded"):
+    with pytest.raises(UserError, match=f"CLIP '{tmp_path}': cannot be loaded"):
         Clip.load(str(tmp_path))
 
 

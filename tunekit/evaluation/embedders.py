@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from tunekit.errors import UserError
+from tunekit.modelfolder import loading
 
 if TYPE_CHECKING:
     import torch
@@ -261,23 +262,19 @@ def _load_model(source: str, where: str) -> tuple[Any, bool]:
     import transformers
 
     safe = {"trust_remote_code": False}
-    try:
-        with _quiet():
-            config = transformers.AutoConfig.from_pretrained(source, **safe)
-            named = (config.architectures or [""])[0]
-            # AutoModel would drop the projection of a CLIPVisionModelWithProjection.
-            auto = getattr(transformers, named) if named.endswith("WithProjection") else None
-            model, found = (auto or transformers.AutoModel).from_pretrained(
-                source,
-                use_safetensors=True,
-                output_loading_info=True,
-                dtype=torch.float32,  # whatever the file holds: a score is not to hang on it
-                **safe,
-            )
-            model = model.float()  # whatever the files hold: scores are compared to three digits
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{where} cannot be loaded: {reason}") from error
+    with loading(where), _quiet():
+        config = transformers.AutoConfig.from_pretrained(source, **safe)
+        named = (config.architectures or [""])[0]
+        # AutoModel would drop the projection of a CLIPVisionModelWithProjection.
+        auto = getattr(transformers, named) if named.endswith("WithProjection") else None
+        model, found = (auto or transformers.AutoModel).from_pretrained(
+            source,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,  # whatever the file holds: a score is not to hang on it
+            **safe,
+        )
+        model = model.float()  # whatever the files hold: scores are compared to three digits
     lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
     pooler = not any("pooler" in key for key in lost)
     lost = {key for key in lost if "pooler" not in key}
@@ -315,13 +312,13 @@ def _load_preprocessing(source: str, where: str) -> Preprocessing:
     except OSError as error:
         raise UserError(f"{where} has no {name}, so how to show it pictures is unknown") from error
     assert path is not None
-    return Preprocessing.from_config(json.loads(Path(path).read_text("utf-8")), f"{where}: {name}")
+    with loading(f"{where}: {name}"):
+        config = json.loads(Path(path).read_text("utf-8"))
+        return Preprocessing.from_config(config, f"{where}: {name}")
 
 
 def _load_tokenizer(source: str, where: str) -> Any:
     import transformers
 
-    try:
+    with loading(f"{where}: its tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where} has no tokenizer that loads: {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from tunekit.errors import UserError, did_you_mean
-from tunekit.modelfolder import ModelFolder
+from tunekit.modelfolder import ModelFolder, loading
 
 if TYPE_CHECKING:
     from typing import Self
@@ -173,7 +173,8 @@ def make_scheduler(default: Any, name: str | None) -> Any:
     options = OPTIONS.get(name.lower(), {})
     if kind.__name__ == SCHEDULERS["heun"] or options:
         _refuse_pure_noise(default, name)
-    return kind.from_config(default.config, **options)
+    with loading(f"scheduler: {name}"):  # some need packages of their own
+        return kind.from_config(default.config, **options)
 
 
 def _refuse_pure_noise(default: Any, name: str) -> None:

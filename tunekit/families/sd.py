@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tunekit import singlefile
 from tunekit.errors import UserError
 from tunekit.families.base import Conditioning, Family, PromptCutWarning, make_scheduler
-from tunekit.modelfolder import ModelFolder
+from tunekit.modelfolder import ModelFolder, loading
 
 if TYPE_CHECKING:
     from typing import Self
@@ -77,13 +77,14 @@ class StableDiffusion(Family):
         self.schedule = _noise_schedule(self.scheduler, folder.label)
         self.denoiser: nn.Module = self._module("unet")
         # Needed first of all in every run; and a damaged file is found now, not in an hour.
-        self._module("vae")
+        vae: Any = self._module("vae")
         encoder: Any = self._module("text_encoder")
         # Some tokenizers do not say how much the encoder reads.
         self.tokenizer.model_max_length = min(
             self.tokenizer.model_max_length, encoder.config.max_position_embeddings
         )
-        self._vae_factor = 2 ** (len(folder.configs["vae"]["block_out_channels"]) - 1)
+        # The loaded module's word: a config.json may leave out what is the default.
+        self._vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         size = folder.configs["unet"].get("sample_size") or 64
         self.default_resolution = (size if isinstance(size, int) else max(size)) * self._vae_factor
 
@@ -262,11 +263,8 @@ def _scheduler(folder: ModelFolder) -> Any:
     kind = getattr(diffusers, name, None) if str(name).endswith("Scheduler") else None
     if kind is None:
         raise UserError(f"{folder.label}: model_index.json names no scheduler of diffusers: {name}")
-    try:
+    with loading(f"{folder.label}: scheduler"):
         return kind.from_pretrained(folder.path, subfolder="scheduler", local_files_only=True)
-    except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{folder.label}: scheduler: cannot be loaded: {line[:300]}") from None
 
 
 def _noise_schedule(scheduler: Any, label: str) -> NoiseSchedule:
@@ -275,7 +273,8 @@ def _noise_schedule(scheduler: Any, label: str) -> NoiseSchedule:
 
     from tunekit.diffusion import PREDICTION_TYPES, NoiseSchedule
 
-    trained = DDPMScheduler.from_config(scheduler.config)
+    with loading(f"{label}: scheduler/scheduler_config.json"):
+        trained = DDPMScheduler.from_config(scheduler.config)
     kind = trained.config.prediction_type
     if kind not in PREDICTION_TYPES:
         raise UserError(
@@ -288,7 +287,6 @@ def _noise_schedule(scheduler: Any, label: str) -> NoiseSchedule:
 def _load(folder: ModelFolder, name: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
     """Return a component with every one of its weights read from the folder's safetensors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from safetensors import SafetensorError
     from transformers import CLIPTextModel
 
     kinds: dict[str, Any] = {
@@ -302,14 +300,8 @@ def _load(folder: ModelFolder, name: str, dtype: torch.dtype, variant: str | Non
     precision = "dtype" if name == "text_encoder" else "torch_dtype"
     where: dict[str, Any] = {"subfolder": name, "use_safetensors": True, "variant": variant}
     where[precision] = dtype
-    try:
-        with _quiet():
-            module, report = kinds[name].from_pretrained(
-                folder.path, output_loading_info=True, **where
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{folder.path / name}: cannot be loaded: {line[:300]}") from None
+    with loading(str(folder.path / name)), _quiet():
+        module, report = kinds[name].from_pretrained(folder.path, output_loading_info=True, **where)
     # The libraries fill a missing weight with random numbers and go on.
     if missing := sorted(report["missing_keys"]):
         raise UserError(
