@@ -253,6 +253,7 @@ def test_two_runs_cannot_share_a_folder(tree: Callable[..., Tree], tmp_path: Pat
         ({"data": {"resolution": 36}}, r"resolution"),
         ({"data": {"holdout": "COPY"}}, r"held-out pictures must never be trained on"),
         ({"adapter": {"targets": ["nowhere"]}}, r"nowhere"),
+        ({"train": {"precision": "fp16"}}, r"train\.precision: fp16 needs a GPU"),
     ],
 )
 def test_what_can_be_known_beforehand_leaves_nothing_behind(

@@ -106,13 +106,15 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     from tunekit import adapters, families
     from tunekit.data import preflight
     from tunekit.inference import default_device
+    from tunekit.train import check_precision
 
+    device = default_device()
+    check_precision(device, recipe.train.precision)
     holdout = recipe.data.holdout
     sheet = preflight(recipe.data)
     held_out = preflight(recipe.data, folder=holdout) if holdout is not None else None
     _refuse_shared(sheet, held_out)
     _check_judges(recipe)
-    device = default_device()
     family = families.load(recipe.base, device)
     resolution = recipe.data.resolution or family.default_resolution
     _check_drawing(recipe, family, resolution)

@@ -243,14 +243,19 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _accelerator(device: torch.device, precision: str) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, is_initialized
-
+def check_precision(device: torch.device, precision: str) -> None:
+    """Raise UserError where `device` cannot train in `precision` ("fp32", "bf16" or "fp16")."""
     if precision == "fp16" and device.type == "cpu":
         raise UserError(
             "train.precision: fp16 needs a GPU, this run is on the CPU: set bf16 or fp32"
         )
+
+
+def _accelerator(device: torch.device, precision: str) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+
+    check_precision(device, precision)
     wanted = "no" if precision == "fp32" else precision
     if is_initialized():
         # accelerate keeps one state for the process and refuses another precision. A second run in
