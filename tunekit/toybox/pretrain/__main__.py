@@ -18,17 +18,19 @@ STAGES = (
     "subject",
     "clip-vision",
     "unet",
+    "vae-decoder",
     "assemble",
     "assess",
 )
 COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13), "odd": (12_000, 14)}
 STEPS = {
     "clip": 550,
-    "clip-vision": 1_200,
-    "vae": 6_000,
-    "judge": 1_500,
-    "subject": 1_500,
-    "unet": 6_000,
+    "clip-vision": 900,
+    "vae": 4_000,
+    "judge": 900,
+    "subject": 700,
+    "unet": 2_790,
+    "vae-decoder": 1_800,
 }
 
 
@@ -88,10 +90,11 @@ def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
         from tunekit.toybox.pretrain import clip
 
         clip.train_vision(work, rendered("full") + rendered("odd"), steps)
-    elif name == "vae":
+    elif name in ("vae", "vae-decoder"):
         from tunekit.toybox.pretrain import vae
 
-        vae.train(work, rendered("full"), steps)
+        train = vae.train if name == "vae" else vae.train_decoder
+        train(work, rendered("full"), steps)
     elif name in ("judge", "subject"):
         from tunekit.toybox.pretrain import judge
 

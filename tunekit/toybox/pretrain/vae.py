@@ -70,3 +70,31 @@ def train(work: Path, data: Pictures, steps: int, batch: int = 16, seed: int = 2
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     vae.save_pretrained(work / "vae")
     return work / "vae"
+
+
+def train_decoder(work: Path, data: Pictures, steps: int, batch: int = 12, seed: int = 7) -> Path:
+    """Sharpen the decoder alone; latents, and so the denoiser, stay what they are."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(device()).train()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    stage = Stage(work / "vae-decoder-training", {"vae": vae}, Frugal([vae], lr=1e-3), steps,
+                  warmup=50, cooldown=0.8, ema=0.99)  # fmt: skip
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        rows = np.fromiter(batches(len(data), batch, number, seed), np.int64)
+        pixels = to_tensor(data.pixels[rows]).to(device())
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mean
+            # drawn latents are not as exact as encoded ones
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+        drawn = vae.decode(latents + 0.05 * noise).sample
+        l1 = (drawn.detach() - pixels).abs().mean()
+        return {"loss": picture_loss(drawn, pixels), "l1": l1}
+
+    stage.run(step, batch)
+    vae.load_state_dict(stage.averaged("vae"))
+    vae.eval().save_pretrained(work / "vae")
+    return work / "vae"
