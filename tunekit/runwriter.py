@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +24,23 @@ from tunekit.runfolder import CHECKPOINTS, EXPORT, RECIPE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch.utils.tensorboard import SummaryWriter
 
     from tunekit.train import StepRecord
 
 METRICS, SCORES, REPORT = "metrics.jsonl", "scores.json", "report.html"
 SAMPLES, BOARD, LOCK = "samples", "tb", ".lock"
+_NOTHING = contextlib.nullcontext()
 OURS = frozenset({RECIPE, METRICS, SCORES, REPORT, SAMPLES, CHECKPOINTS, EXPORT, BOARD, LOCK})
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn a disk's refusal into one line with the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 class RunWriter:
@@ -77,16 +89,18 @@ class RunWriter:
         Raises UserError as `check` does, and where another process holds the folder.
         """
         self.check(overwrite)
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("a+") as lock:
+        with _disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("ab+", buffering=0)
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise self._taken() from None
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
-            self._clear()
+            with _disk_errors(self.path):
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n".encode())
+                self._clear()
             try:
                 yield
             finally:
@@ -138,12 +152,13 @@ class RunWriter:
             )
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file whole or not at all, and return its path."""
+        """Write a file whole or not at all, and return its path; UserError where disks refuse."""
         path = self.path / name
         partial = path.with_name(f".{name}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with _disk_errors(path):
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -158,17 +173,26 @@ class RunWriter:
 class Log:
     """metrics.jsonl and TensorBoard: a line and its points for each logged step, at once on disk.
 
-    `lines` are the steps written so far, as they stand in the file.
+    `lines` are the steps written so far, as they stand in the file. Whatever writes raises
+    UserError with the path where the disk refuses.
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.lines: list[dict[str, float | None]] = []
-        self._file = (folder / METRICS).open("w", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / BOARD))
+        self._metrics, self._events = folder / METRICS, folder / BOARD
 
     def __enter__(self) -> Self:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._hook, threading.excepthook = threading.excepthook, self._heard
+        try:
+            with _disk_errors(self._events):
+                self._board = SummaryWriter(str(self._events))
+            with _disk_errors(self._metrics):
+                self._file = self._metrics.open("w", encoding="utf-8")
+        except BaseException:
+            threading.excepthook = self._hook
+            raise
         return self
 
     def __exit__(
@@ -177,8 +201,27 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._board.close()
+        threading.excepthook = self._hook
+        # What the disk refused before is tried once more by closing: the first refusal is told.
+        told = contextlib.suppress(UserError) if isinstance(error, UserError) else _NOTHING
+        with told, contextlib.ExitStack() as both:
+            both.enter_context(_disk_errors(self._events))
+            both.callback(self._board.close)
+            both.enter_context(_disk_errors(self._metrics))
+            both.callback(self._file.close)
+
+    def _heard(self, told: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's thread: its next call raises the same again."""
+        ours = type(told.thread).__module__.startswith("tensorboard.")
+        if not (ours and issubclass(told.exc_type, OSError)):
+            self._hook(told)
+
+    @contextlib.contextmanager
+    def _on_board(self) -> Iterator[SummaryWriter]:
+        with _disk_errors(self._events):
+            yield self._board
+            # Else a thread of TensorBoard does it up to two minutes later: a refusal is told late.
+            self._board.flush()
 
     def step(self, record: StepRecord) -> None:
         """Write a step. A gradient norm that fp16 overflowed is null in JSON."""
@@ -190,25 +233,29 @@ class Log:
             "memory_bytes": record.memory_bytes,
             "seconds": round(record.seconds, 4),
         }
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(f"train/{name}", value, record.step)
         line: dict[str, float | None] = {"step": record.step, **values}
         if record.skipped:
             line["skipped"] = True
         self.lines.append(line)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with _disk_errors(self._metrics):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        with self._on_board() as board:
+            for name, value in values.items():
+                if value is not None:
+                    board.add_scalar(f"train/{name}", value, record.step)
 
     def picture(self, name: str, image: Image, step: int) -> None:
         """Show a picture in TensorBoard."""
         import numpy as np
 
-        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+        with self._on_board() as board:
+            board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def scores(self, sums: Mapping[str, Mapping[str, Any]], step: int) -> None:
         """Show the scores in TensorBoard."""
-        for name, values in sums.items():
-            for kind in ("score", "closed", "change"):
-                if values.get(kind) is not None:
-                    self._board.add_scalar(f"scores/{name}_{kind}", values[kind], step)
+        with self._on_board() as board:
+            for name, values in sums.items():
+                for kind in ("score", "closed", "change"):
+                    if values.get(kind) is not None:
+                        board.add_scalar(f"scores/{name}_{kind}", values[kind], step)
