@@ -154,6 +154,10 @@ def test_missing_keys_are_named_where_their_section_stands(folder: Path) -> None
         ),
         ("evaluate: {prompts: [a robot]}", 'evaluate.prompts: "a robot" lacks {trigger}'),
         ("evaluate: {prompts: ['{trigger} {x}']}", "evaluate.prompts.0: "),
+        (
+            "evaluate: {negative_prompt: blur, guidance_scale: 1}",
+            "evaluate.negative_prompt: does nothing at guidance_scale 1: set that above 1",
+        ),
         ("evaluate: {seeds: [3, 3]}", "evaluate.seeds: 3 stands there more than once"),
     ],
 )
@@ -323,6 +327,33 @@ def test_extends_inherits_and_faults_name_the_file_of_the_key(folder: Path) -> N
         'recipes/bad.yaml:5: data.trigger: must be text, not 5 (quote it: "5")',
         'recipes/bad.yaml:3: train.sed: unknown key (did you mean "seed"?)',
     ]
+
+
+def test_held_out_pictures_of_another_subject_are_not_inherited(folder: Path) -> None:
+    for name in ("apart", "others"):
+        (folder / name).mkdir()
+    whole = GOOD.replace("class: robot", "class: robot\n  holdout: apart")
+    (folder / "recipes/whole.yaml").write_text(whole)
+    child = "extends: whole.yaml\ndata:\n  source: more\n"
+    says = (
+        "data.source: is set here, but data.holdout is still that of other pictures "
+        "(recipes/whole.yaml:8): set data.holdout to pictures of this subject kept apart, or to "
+        "null"
+    )
+    assert faults(child) == [f"recipes/bad.yaml:3: {says}"]
+    assert faults(whole, "data.source=more") == [
+        f'override "data.source=more": {says.replace("whole", "bad")}'
+    ]
+    Path("recipes/child.yaml").write_text(child)
+    grandchild = Path("recipes/grandchild.yaml")
+    grandchild.write_text("extends: child.yaml\ndata: {holdout: others}\n")
+    assert load_recipe(grandchild).data.holdout == "others"
+    for own in ("holdout: others", "holdout: null"):
+        Path("recipes/own.yaml").write_text(f"{child}  {own}\n")
+        load_recipe(Path("recipes/own.yaml"))
+    for value in ("others", "null"):
+        overrides = [f"data.holdout={value}", "data.source=pictures"]
+        load_recipe(Path("recipes/child.yaml"), overrides)
 
 
 def test_extends_in_a_circle_or_to_nothing(folder: Path) -> None:

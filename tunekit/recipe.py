@@ -220,11 +220,20 @@ def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
         yield from _family(source, base, data if isinstance(data, dict) else {}, faulty)
     if isinstance(evaluate, dict):
         yield from _scheduler(source, evaluate)
+        yield from _negative_prompt(source, evaluate)
 
 
 def _holdout(source: Source, data: Mapping[str, Any], faulty: set[str]) -> Iterator[Fault]:
     folder, holdout = data.get("source"), data.get("holdout")
     if not (isinstance(folder, str) and isinstance(holdout, str)):
+        return
+    if source.inherits(("data", "holdout"), ("data", "source")):
+        problem = (
+            "is set here, but data.holdout is still that of other pictures "
+            f"({source.place(('data', 'holdout'))}): set data.holdout to pictures of this subject "
+            "kept apart, or to null"
+        )
+        yield source.fault(("data", "source"), problem)
         return
     if {"data.source", "data.holdout"} & faulty:
         return
@@ -286,6 +295,13 @@ def _scheduler(source: Source, evaluate: Mapping[str, Any]) -> Iterator[Fault]:
     near = did_you_mean(name, SCHEDULERS)
     problem = f"must be {', '.join(SCHEDULERS)} or a diffusers class name, not {shown(name)}{near}"
     yield source.fault(("evaluate", "scheduler"), problem)
+
+
+def _negative_prompt(source: Source, evaluate: Mapping[str, Any]) -> Iterator[Fault]:
+    guidance, text = evaluate.get("guidance_scale"), evaluate.get("negative_prompt")
+    if isinstance(text, str) and text and isinstance(guidance, (int, float)) and guidance <= 1:
+        problem = f"does nothing at guidance_scale {guidance:g}: set that above 1, or leave it out"
+        yield source.fault(("evaluate", "negative_prompt"), problem)
 
 
 def dump_yaml(recipe: Recipe) -> str:

@@ -67,11 +67,15 @@ class RecipeError(UserError):
 
 @dataclass
 class Source:
-    """A tree of plain values, the place of each of its keys, and what was already found wrong."""
+    """A tree of plain values, the place of each of its keys, and what was already found wrong.
+
+    `layers` are the names of the files it was read from; each extends the one that follows.
+    """
 
     tree: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, Place] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    layers: tuple[str, ...] = ()
 
     def place(self, key: Key) -> Place:
         """Return the place of `key`, or of the nearest section around it."""
@@ -80,6 +84,13 @@ class Source:
             key = key[:-1]
         return self.places[key]
 
+    def inherits(self, key: Key, other: Key) -> bool:
+        """Say whether `key` stands in a recipe beneath the one, or the override, with `other`."""
+        one, over = self.place(key).name, self.place(other).name
+        if one not in self.layers:
+            return False
+        return over not in self.layers or self.layers.index(over) < self.layers.index(one)
+
     def fault(self, key: Key, problem: str) -> Fault:
         """Return the fault that `key` has `problem`, at its place."""
         return Fault(self.place(key), dotted(key), problem)
@@ -87,6 +98,7 @@ class Source:
     def lay_over(self, under: Source) -> Source:
         """Return `under` with everything that stands here put over it, section by section."""
         merged = Source(copy.deepcopy(under.tree), dict(under.places), under.faults + self.faults)
+        merged.layers = self.layers + under.layers
         merged.places[()] = self.places.get((), under.place(()))
         _merge(merged, merged.tree, self, self.tree, ())
         return merged
@@ -186,6 +198,7 @@ class _Reader:
         if not isinstance(node, MappingNode) or node.tag != _CORE + "map":
             _refuse(place, "is not a recipe: it must hold keys such as `base:` and `data:`")
         reader.source.tree = reader.value(node, ())
+        reader.source.layers = (place.name,)
         return reader
 
     def compose(self, text: str) -> Node | None:
@@ -272,7 +285,7 @@ def _tag(node: Node) -> str:
 
 def from_mapping(values: Mapping[str, Any], name: str = "recipe") -> Source:
     """Take a recipe given as Python values; its keys' place is `name`."""
-    return Source(_plain(values), {(): Place(name)})
+    return Source(_plain(values), {(): Place(name)}, layers=(name,))
 
 
 def _plain(value: Any) -> Any:
