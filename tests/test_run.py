@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from told import Told
 
 import tunekit
 from tunekit import checkpoint
@@ -28,95 +29,10 @@ from tunekit.run import Run
 from tunekit.runwriter import OURS, RunWriter
 
 Tree = dict[str, dict[str, Any]]
-Teach = Callable[..., Run]
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with training pictures in train/ and others in held_out/."""
-    root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 4), ("held_out", 2)):
-        (root / part).mkdir()
-        lines = []
-        for i in range(count):
-            blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
-            Image.fromarray(blocks).save(root / part / f"{i}.png")
-            lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a zorp robot {i}"}))
-        (root / part / "metadata.jsonl").write_text("\n".join(lines))
-    return root
-
-
-@pytest.fixture(scope="session")
-def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the recipe's keys for tiny judges."""
-    from tiny_judges import tiny_clip, tiny_resnet
-
-    clip = tiny_clip(tmp_path_factory.mktemp("clip"))
-    return {"clip": str(clip), "subject_encoder": str(tiny_resnet(tmp_path_factory.mktemp("sub")))}
-
-
-@pytest.fixture(scope="session")
-def tree(
-    pictures: Path, judges: dict[str, str], tiny_folder: Callable[..., Path]
-) -> Callable[..., Tree]:
-    """Return a maker of recipes; keyword sections are laid over it."""
-
-    def make(**sections: dict[str, Any]) -> Tree:
-        made: Tree = {
-            "base": {"model": str(tiny_folder())},
-            "data": {
-                "source": str(pictures / "train"),
-                "holdout": str(pictures / "held_out"),
-                "trigger": "zorp",
-                "class": "robot",
-            },
-            "adapter": {"kind": "lora", "rank": 2},
-            "train": {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "sample_every": 2},
-            "evaluate": {"steps": 2, "prompts": ["a {trigger} {class}, red"], "seeds": [1]},
-        }
-        made["evaluate"] |= judges
-        for name, values in sections.items():
-            made[name] = made[name] | values
-        return made | {"name": "tiny"}  # type: ignore[dict-item]
-
-    return make
-
-
-@pytest.fixture(autouse=True, scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep encoded pictures out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def run(tree: Callable[..., Tree], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Return a finished run. Tests may not write in its folder."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    return tunekit.train(tree(), out=out, reporter=Silent())
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-class Told(Silent):
-    """Remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.ticks: dict[str, list[str]] = {}
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @contextlib.contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Ticker]:
-        told = self.ticks.setdefault(name, [])
-        yield lambda words="": told.append(words)
-        assert len(told) == total, name
 
 
 def test_a_run_leaves_everything_in_its_folder(run: Run) -> None:

@@ -107,29 +107,32 @@ class TestReproducibility:
         run(load_tiny, {"dropout": 0.3})
         assert torch.equal(torch.rand(4), wanted)
 
-    def test_any_step_can_be_computed_alone(self, load_tiny: Load) -> None:
+    @pytest.mark.parametrize(("gamma", "offset"), [(None, 0.0), (5.0, 0.0), (None, 0.3)])
+    def test_any_step_can_be_computed_alone(
+        self, load_tiny: Load, gamma: float | None, offset: float
+    ) -> None:
         """Step 2's loss, from the definition: the noise and timesteps hang on the seed alone."""
         family = load_tiny("sd", prediction_type="v_prediction")
         adapter, pictures = attach(family), Pictures(family)
-        chosen = settings(learning_rate=0.0, seed=11)
+        chosen = settings(learning_rate=0.0, seed=11, min_snr_gamma=gamma, noise_offset=offset)
         record = list(train(family, adapter, pictures, chosen))[2]
         t = diffusion.sample_timesteps(family.schedule, 4, seeding.generator(11, "timesteps", 2))
-        noise = torch.stack(
-            [
-                torch.randn(
-                    pictures.latents.shape[1:], generator=seeding.generator(11, f"noise/{i}", 2)
-                )
-                for i in range(4)
-            ]
-        )
-        a = family.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         x = pictures.latents
+        noise = torch.empty_like(x)
+        for i in range(4):
+            draw = seeding.generator(11, f"noise/{i}", 2)
+            noise[i] = torch.randn(x.shape[1:], generator=draw)
+            noise[i] += offset * torch.randn(len(x[i]), 1, 1, generator=draw)
+        a = family.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         with torch.no_grad():
             prediction = family.predict(
                 a.sqrt() * x + (1 - a).sqrt() * noise, t, pictures.conditioning
             )
         wanted = a.sqrt() * noise - (1 - a).sqrt() * x
-        assert record.loss == pytest.approx((prediction - wanted).square().mean().item(), rel=1e-5)
+        snr = a / (1 - a)
+        weight = snr.clamp(max=gamma) / (snr + 1) if gamma else torch.ones_like(a)
+        loss = (weight * (prediction - wanted).square()).mean().item()
+        assert record.loss == pytest.approx(loss, rel=1e-5)
 
     def test_a_loop_started_later_goes_on_with_the_same_steps(self, load_tiny: Load) -> None:
         family = load_tiny("sd")
@@ -312,6 +315,19 @@ class TestLearning:
         assert all(p.dtype == torch.float32 for p in adapter.trained().values())
         assert error(family, pictures) < 0.7 * before
         assert records[-1].loss < records[0].loss
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_the_precision_is_what_is_computed_in(self, load_tiny: Load, precision: str) -> None:
+        """Every layer's output has it; what is trained keeps its digits in fp32."""
+        family = load_tiny("sd")
+        adapter, pictures = attach(family), Pictures(family)
+        seen: set[torch.dtype] = set()
+        for layer in family.denoiser.modules():
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+                layer.register_forward_hook(lambda layer, args, out: seen.add(out.dtype))
+        list(train(family, adapter, pictures, settings(steps=1, precision=precision)))
+        assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        assert {p.dtype for p in adapter.trained().values()} == {torch.float32}
 
     def test_clipping_shortens_the_step_and_reports_the_norm_before(self, load_tiny: Load) -> None:
         for limit in (1e-3, 0.0):
