@@ -33,7 +33,7 @@ def taught(recipe: str, prompts: str, folder: Path, *changes: str) -> dict[str, 
 
 @pytest.mark.timeout(600)
 def test_the_character_is_learned_and_prompts_are_still_followed(tmp_path: Path) -> None:
-    scores = taught("character-lora.yaml", CHARACTER, tmp_path / "run", "train.steps=120")
+    scores = taught("character-lora.yaml", CHARACTER, tmp_path / "run", "train.steps=220")
     assert scores["likeness"]["closed"] >= 0.5
     assert scores["fidelity"]["change"] >= -8
 
