@@ -1,7 +1,7 @@
 """The proof that training teaches: the shipped recipes, reduced, on the bundled base.
 
-Reduced means fewer steps, two prompts and one seed; the full runs are `make demo` and
-`benchmarks/methods.py`'s business. Thresholds leave room for another processor's rounding.
+Reduced means fewer steps, two prompts and one seed, so the bounds are lower than what the whole
+recipes reach. Thresholds leave room for another processor's rounding.
 """
 
 from __future__ import annotations
