@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from tunekit.section import Decay, Precision, Seed, Template, Word, distinct, holds_path
+from tunekit.schema_data import Data as Data
+from tunekit.section import Decay, Precision, Seed, Template, distinct, holds_path
 from tunekit.section import Section as Section
 from tunekit.section import also as also
 
@@ -71,88 +72,6 @@ class Base(Section):
     trust_remote_code: bool = Field(
         False, description="Whether code inside a model folder may run. Only for folders you trust."
     )
-
-
-class Data(Section):
-    """Which images, which words?"""
-
-    source: str = Field(
-        min_length=1,
-        description="Folder of training pictures, with captions in metadata.jsonl or in .txt files "
-        "beside the pictures. Relative to the working directory, else to the recipe's project.",
-        json_schema_extra=also(
-            "instance_data_dir", "train_data_dir", "folder_path", "image_dir", "path"
-        )
-        | holds_path("folder"),
-    )
-    trigger: Word = Field(
-        description="The new word that will call the subject or style, such as `zorp`. "
-        "1 to 100 characters, no braces.",
-        json_schema_extra=also("trigger_word", "instance_token", "token", "placeholder_token"),
-    )
-    class_noun: Word = Field(
-        alias="class",
-        description="What the subject is, such as `robot`: a noun that the untouched base knows. "
-        "1 to 100 characters, no braces.",
-        json_schema_extra=also("class_tokens", "class_name", "class_prompt", "initializer_token"),
-    )
-    resolution: int | None = Field(
-        None,
-        ge=16,
-        le=4096,
-        description="Edge of the square training pictures in pixels, 16 to 4096, a multiple of "
-        "what the family needs (8 for most); null: the base's own size.",
-        json_schema_extra=also("size", "image_size"),
-    )
-    caption: Template = Field(
-        "a {trigger} {class}",
-        description="Caption of pictures that bring none. {trigger} and {class} are filled in; it "
-        "holds the trigger.",
-        json_schema_extra=also("instance_prompt", "caption_template", "default_caption"),
-    )
-    holdout: str | None = Field(
-        None,
-        min_length=1,
-        description="Folder of real pictures never trained on: the ceiling of the scores. "
-        "null: the ceiling is estimated from the training pictures among themselves.",
-        json_schema_extra=also("validation_data_dir", "held_out") | holds_path("folder"),
-    )
-    flip: bool = Field(
-        False,
-        description="Whether half of the visits see the picture mirrored. A character is seldom "
-        "symmetric: off by default.",
-        json_schema_extra=also("flip_aug", "random_flip", "flip_x"),
-    )
-    crop: Literal["center", "random"] = Field(
-        "center",
-        description="Where a picture that is not square is cut: `center`, or `random` (fixed per "
-        "picture by the seed).",
-        json_schema_extra=also("random_crop", "center_crop"),
-    )
-    caption_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of visits trained with an empty caption, 0 to 1 (1 excluded).",
-        json_schema_extra=also("caption_dropout_rate", "proportion_empty_prompts"),
-    )
-
-    @field_validator("class_noun")
-    @classmethod
-    def _differs_from_trigger(cls, value: str, info: ValidationInfo) -> str:
-        if value == info.data.get("trigger"):
-            raise ValueError(f'"{value}" is the trigger as well; the trigger is a new word')
-        return value
-
-    @field_validator("caption")
-    @classmethod
-    def _holds_trigger(cls, value: str, info: ValidationInfo) -> str:
-        trigger = info.data.get("trigger")
-        if trigger is not None and "{trigger}" not in value and trigger not in value:
-            raise ValueError(
-                f'"{value}" holds neither {{trigger}} nor "{trigger}": it would not teach the word'
-            )
-        return value
 
 
 def _quarter(values: dict[str, Any]) -> int:

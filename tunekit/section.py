@@ -13,11 +13,11 @@ def also(*words: str) -> dict[str, JsonValue]:
     return {"x-also": list(words)}
 
 
-def holds_path(kind: Literal["folder", "model"]) -> dict[str, JsonValue]:
+def holds_path(kind: Literal["folder", "model", "pictures"]) -> dict[str, JsonValue]:
     """Return `json_schema_extra` that marks what may be a path, to be looked for on this disk.
 
     "folder": a folder that must be there. "model": `toybox`, a path that must be there, or a
-    Hub id.
+    Hub id. "pictures": a folder or a file, where `*` stands for anything in a file's name.
     """
     return {"x-path": kind}
 
