@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tunekit.section import Section, Template, Word, also, distinct, holds_path
 
-TemplateList = Literal["dreambooth", "textual-inversion-object", "textual-inversion-style"]
-TEMPLATE_LISTS: tuple[str, ...] = get_args(TemplateList)
+TEMPLATE_LISTS = ("dreambooth", "textual-inversion-object", "textual-inversion-style")
 """Lists of caption templates that a recipe may name instead of writing one."""
 
 _RGB = re.compile(r"#[0-9a-fA-F]{6}")
@@ -88,10 +87,12 @@ class Pictures(Section):
 class Captions(Section):
     """The words: templates, and what is done to captions at each visit."""
 
-    template: Annotated[
-        TemplateList | Template | Annotated[tuple[Template, ...], AfterValidator(distinct)],
-        Field(min_length=1, strict=False),
-    ] = Field(
+    template: (
+        Template
+        | Annotated[
+            tuple[Template, ...], Field(min_length=1, strict=False), AfterValidator(distinct)
+        ]
+    ) = Field(
         "a {trigger} {class}",
         description="Caption of pictures that bring none: a template, a list of them (one for each "
         "visit), or the name of a list: `dreambooth`, `textual-inversion-object`, "
@@ -306,7 +307,7 @@ class Data(Section):
     resolution: (
         Resolution
         | Annotated[
-            tuple[Resolution, ...], AfterValidator(distinct), Field(min_length=1, strict=False)
+            tuple[Resolution, ...], Field(min_length=1, strict=False), AfterValidator(distinct)
         ]
         | None
     ) = Field(
