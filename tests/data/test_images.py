@@ -158,6 +158,37 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     assert decode(tmp_path / "b.png").notes == ()
 
 
+@pytest.mark.parametrize(
+    ("background", "seen"),
+    [("white", 255), ("black", 0), ("grey", 128), ("#204060", (32, 64, 96))],
+)
+def test_the_background_under_transparency_can_be_chosen(
+    tmp_path: Path, background: str, seen: int | tuple[int, int, int]
+) -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    image.save(tmp_path / "a.png")
+    picture = decode(tmp_path / "a.png", background)
+    below = (seen,) * 3 if isinstance(seen, int) else seen
+    assert np.asarray(picture.image)[0].tolist() == [[255, 0, 0], list(below)]
+    assert picture.notes == (f"transparent parts laid over {background}",)
+    assert open_rgb(tmp_path / "a.png", background).getpixel((1, 0)) == below
+
+
+def test_the_alpha_is_kept_beside_the_picture(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (300, 200), (10, 20, 30, 255))
+    image.paste((10, 20, 30, 0), (0, 0, 300, 20))  # the top edge; orientation 6 turns it right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    picture = decode(tmp_path / "a.png")
+    assert picture.alpha is not None
+    assert (picture.alpha.mode, picture.alpha.size) == ("L", (200, 300))
+    assert (picture.alpha.getpixel((195, 150)), picture.alpha.getpixel((5, 150))) == (0, 255)
+    image.convert("RGB").save(tmp_path / "b.png")
+    assert decode(tmp_path / "b.png").alpha is None
+
+
 def test_palette_with_a_transparent_colour(tmp_path: Path) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([0, 0, 255, 0, 255, 0])
@@ -241,6 +272,7 @@ def test_a_fit_lies_inside_the_picture(width: int, height: int, size: int, place
     assert 0 <= plan.left < plan.right <= width
     assert 0 <= plan.top < plan.bottom <= height
     assert plan.right - plan.left == plan.bottom - plan.top == min(width, height)
+    assert (plan.width, plan.height) == (size, size)
     assert apply_fit(Image.new("RGB", (width, height)), plan).size == (size, size)
 
 

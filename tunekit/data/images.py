@@ -11,7 +11,7 @@ The conversion, in this order (each step that changed anything is noted):
 5. A colour profile other than sRGB is converted to sRGB (perceptual intent); without a profile
    CMYK is converted by Pillow's plain formula. A profile that cannot be used is noted.
 6. Palette and grey become RGB. Transparency (alpha, or a colour marked transparent) is laid over
-   white.
+   a background colour, white unless another is asked for; the alpha itself is kept beside it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
+from tunekit.data.buckets import Fit, cover
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ UNREADABLE_SUFFIXES = frozenset(
 )
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF")  # JPEG opens MPO as well
 PIXEL_LIMIT = 100_000_000
-BACKGROUND = (255, 255, 255)
+_COLOURS = {"grey": "#808080"}  # CSS's; white and black mean the same everywhere
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "YCbCr", "CMYK"})
 _ALPHA_MODES = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 _KNOWN_CONTENT = (
@@ -57,27 +58,33 @@ class PictureError(UserError):
 
 @dataclass(frozen=True)
 class Picture:
-    """RGB pixels of a file, and what the conversion had to change."""
+    """RGB pixels of a file, and what the conversion had to change.
+
+    alpha: mode L, of the image's size, white where it is solid; None where the file has none.
+    """
 
     image: Image.Image
     notes: tuple[str, ...]
+    alpha: Image.Image | None = None
 
 
-def open_rgb(path: Path) -> Image.Image:
+def open_rgb(path: Path, background: str = "white") -> Image.Image:
     """Return the picture at `path` in mode RGB, converted as this module's page says.
 
-    Raises PictureError, naming the file.
+    background: as for `decode`. Raises PictureError, naming the file.
     """
     try:
-        return decode(path).image
+        return decode(path, background).image
     except PictureError as error:
         raise PictureError(f"{path}: {error}") from error
 
 
-def decode(path: Path) -> Picture:
+def decode(path: Path, background: str = "white") -> Picture:
     """Decode the file at `path` wholly and convert it to RGB.
 
-    Raises PictureError where the file is missing, empty, truncated, no picture, or too large.
+    background: the colour under transparent parts: a name such as white, grey or black, or
+    ``#rrggbb``. Raises PictureError where the file is missing, empty, truncated, no picture, or too
+    large, or holds so many pixels that there is no memory for them.
     """
     try:
         data = path.read_bytes()
@@ -89,9 +96,13 @@ def decode(path: Path) -> Picture:
         warnings.simplefilter("always")
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                image, notes = _decoded(opened)
-        except (PictureError, MemoryError):
+                image, alpha, notes = _decoded(opened, background)
+        except PictureError:
             raise
+        except MemoryError as error:
+            raise PictureError(
+                "there is not enough memory to decode it: make it smaller"
+            ) from error
         except UnidentifiedImageError:
             raise PictureError(_what_else(data)) from None
         except Image.DecompressionBombError as error:
@@ -102,10 +113,12 @@ def decode(path: Path) -> Picture:
         # Our own limit stands in for Pillow's warning about large pictures.
         if not issubclass(warning.category, Image.DecompressionBombWarning):
             notes.append(f"Pillow says: {warning.message}")
-    return Picture(image, tuple(dict.fromkeys(notes)))
+    return Picture(image, tuple(dict.fromkeys(notes)), alpha)
 
 
-def _decoded(opened: Image.Image) -> tuple[Image.Image, list[str]]:
+def _decoded(
+    opened: Image.Image, background: str
+) -> tuple[Image.Image, Image.Image | None, list[str]]:
     width, height = opened.size
     if width * height >= PIXEL_LIMIT:
         raise PictureError(
@@ -127,10 +140,13 @@ def _decoded(opened: Image.Image) -> tuple[Image.Image, list[str]]:
         notes.append("turned as its EXIF orientation says")
     if deep or image.mode.startswith("I;16"):
         notes.append("16 bits a channel, reduced to 8")
-    return _to_rgb(image, notes), notes
+    return *_to_rgb(image, background, notes), notes
 
 
-def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+def _to_rgb(
+    image: Image.Image, background: str, notes: list[str]
+) -> tuple[Image.Image, Image.Image | None]:
+    """Return the picture in RGB and, where it has transparency, its alpha."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
         image = _eight_bits(image)
@@ -147,11 +163,13 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     elif image.mode == "CMYK":
         notes.append("CMYK without a colour profile, converted by the plain formula")
     if not see_through:
-        return image.convert("RGB")
-    if image.getchannel("A").getextrema() != (255, 255):
-        notes.append("transparent parts laid over white")
-    under = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-    return Image.alpha_composite(under, image).convert("RGB")
+        return image.convert("RGB"), None
+    alpha = image.getchannel("A")
+    if alpha.getextrema() != (255, 255):
+        notes.append(f"transparent parts laid over {background}")
+    colour = ImageColor.getrgb(_COLOURS.get(background, background))
+    under = Image.new("RGBA", image.size, (*colour[:3], 255))
+    return Image.alpha_composite(under, image).convert("RGB"), alpha
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -207,34 +225,12 @@ def pixel_hash(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What is cut from a picture, and the edge it is scaled to.
-
-    left, top, right, bottom: pixels of the picture. size: pixels, the edge of the result.
-    """
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-    size: int
-
-    @property
-    def scale(self) -> float:
-        """Size in the result over size in the picture; above 1 the picture is enlarged."""
-        return self.size / (self.right - self.left)
-
-
 def plan_fit(width: int, height: int, size: int, place: float = 0.5) -> Fit:
     """Return the square of the short side's length that is cut from a picture of width x height.
 
     place: 0..1, where along the long side: 0 left or top, 0.5 the middle, 1 right or bottom.
     """
-    assert 0 <= place <= 1
-    edge = min(width, height)
-    left, top = round(place * (width - edge)), round(place * (height - edge))
-    return Fit(left, top, left + edge, top + edge, size)
+    return cover(width, height, (size, size), place)
 
 
 def fit(image: Image.Image, size: int, place: float = 0.5) -> Image.Image:
@@ -247,9 +243,9 @@ def fit(image: Image.Image, size: int, place: float = 0.5) -> Image.Image:
 
 
 def apply_fit(image: Image.Image, plan: Fit) -> Image.Image:
-    """Return the square of `image` that `plan` names, scaled to `plan.size`."""
-    box = (plan.left, plan.top, plan.right, plan.bottom)
-    return image.resize((plan.size, plan.size), Image.Resampling.LANCZOS, box=box)
+    """Return the part of `image` that `plan` names, scaled to its width and height (Lanczos)."""
+    size = (plan.width, plan.height)
+    return image.resize(size, Image.Resampling.LANCZOS, box=plan.box)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
