@@ -2,8 +2,8 @@
 
 An entry's name is the sha256 of everything it was made from, so a changed picture, setting or
 weight is another entry, and a renamed file or another run's recipe is the same one. There is
-nothing to invalidate. Entries are safetensors files that carry a digest of their own tensors: what
-is read is what was written, or it is said and made again.
+nothing to invalidate. Entries carry a digest of themselves and stand many together in shards
+(`shards.py`, `shelf.py`): what is read is what was written, or it is said and made again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import hashlib
 import json
 import logging
 import os
-import secrets
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunekit.data.locks import shared
+from tunekit.data.shards import Block
+from tunekit.data.shelf import Shelf
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,8 +60,26 @@ def fingerprint(tensors: Mapping[str, Tensor], *facts: str) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Tensors in the cache, read when they are asked for. Made by `Cache.keep`; can be pickled."""
+
+    shelf: Shelf
+    key: str
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the tensors, on the CPU, read from the disk and checked; the caller's own.
+
+        Raises UserError, naming the entry, where it has vanished or is damaged.
+        """
+        return self.shelf.read(self.key)
+
+
 class Cache:
-    """Tensors by kind and content key under `root`; safe with several processes at once.
+    """Tensors by kind and content key under `root`; safe with several processes and threads.
+
+    New entries are gathered and written some 16 MB at a time: at `flush`, at the end of `using`, or
+    when this object goes, at the latest.
 
     root: default `cache_root()`. say: told of a damaged entry, one line.
     hits, misses: how many entries were found and made since this object exists.
@@ -67,70 +89,67 @@ class Cache:
         self.root = root or cache_root()
         self.hits = self.misses = 0
         self._say = say or logging.getLogger("tunekit").warning
+        self._shelves: dict[str, Shelf] = {}
+        weakref.finalize(self, _flush_late, self._shelves, self._say)
 
     def fetch(
         self, kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Return the entry; where there is none, or a damaged one, make it and keep it.
+        """Return the entry's tensors; where there is none, or a damaged one, make it and keep it.
 
-        kind: folder name, such as "latents". make: returns the entry's tensors.
+        kind: folder name, such as "latents". key: of `content_key`. make: returns the tensors.
         Raises UserError where the cache folder cannot be read or written.
         """
-        path = self.root / kind / key[:2] / f"{key}.safetensors"
-        found = self._read(path, key)
-        if found is not None:
-            self.hits += 1
-            return found
-        made = {name: t.detach().cpu().contiguous().clone() for name, t in make().items()}
-        self._write(path, key, made)
-        self.misses += 1
-        return made
+        return self._block(kind, key, make).tensors()
 
-    def _read(self, path: Path, key: str) -> dict[str, Tensor] | None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
+    def keep(self, kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Entry:
+        """Return the entry without its tensors; arguments and faults as of `fetch`.
 
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self._unusable(path, error) from error
-        try:
-            tensors: dict[str, Tensor] = load(data)
-            # load() checked that the header is whole; it does not hand the metadata over.
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            noted = header.get("__metadata__", {})
-        except (SafetensorError, ValueError, KeyError) as error:
-            reason = str(error)
-        else:
-            if noted.get("key") == key and noted.get("digest") == fingerprint(tensors):
-                return tensors
-            reason = "its digest does not match"
-        self._say(f"{path}: damaged cache entry ({reason}); it is made again")
-        return None
+        An entry that is there is read once and checked, so that damage is found now.
+        """
+        self._block(kind, key, make)
+        return Entry(self._shelf(kind), key)
 
-    def _write(self, path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-        from safetensors.torch import save
+    @contextlib.contextmanager
+    def using(self) -> Iterator[Cache]:
+        """Keep every process from clearing the cache for as long as the block runs, then flush.
 
-        data = save(tensors, {"key": key, "digest": fingerprint(tensors)})
-        part = path.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        Entries are safe from `prune` inside it only: a run holds it from its first entry to its
+        last step. Raises UserError where the cache folder cannot be written.
+        """
+        with shared(self.root):
+            for shelf in self._shelves.values():
+                shelf.forget()  # another process may have cleared it until now
             try:
-                with part.open("xb") as file:  # a plain open: the mode follows the umask
-                    file.write(data)
-                part.replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):  # the first error is the one to tell
-                    part.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise self._unusable(path, error, len(data)) from error
+                yield self
+            finally:
+                self.flush()
 
-    def _unusable(self, path: Path, error: OSError, size: int | None = None) -> UserError:
-        what = "read" if size is None else f"written ({size:,} bytes)"
-        return UserError(
-            f"{path}: the cache cannot be {what}: {error.strerror}; make room or set "
-            "TUNEKIT_CACHE to another folder"
-        )
+    def flush(self) -> None:
+        """Write what is still held. Raises UserError where it cannot be written."""
+        for shelf in list(self._shelves.values()):
+            shelf.flush()
+
+    def _block(self, kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Block:
+        shelf = self._shelf(kind)
+        block = shelf.find(key)
+        if block is not None:
+            self.hits += 1
+            return block
+        block = Block.of(make())
+        shelf.add(key, block)
+        self.misses += 1
+        return block
+
+    def _shelf(self, kind: str) -> Shelf:
+        if kind not in self._shelves:
+            self._shelves[kind] = Shelf(self.root / kind, self._say)
+        return self._shelves[kind]
+
+
+def _flush_late(shelves: dict[str, Shelf], say: Callable[[str], None]) -> None:
+    for shelf in shelves.values():
+        try:
+            shelf.flush()
+        except UserError as error:  # the object is gone: nobody is there to raise it to
+            say(str(error))
