@@ -183,6 +183,20 @@ class TestContract:
         with pytest.warns(PromptCutWarning, match="wearing a hat"):
             family.encode_prompt([prompt])
 
+    def test_a_base_is_described_without_its_weights(
+        self, name: str, load_tiny: Load, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        family = load_tiny(name)
+        folder = copy(tiny_folder(name), tmp_path / "described")
+        for weights in folder.rglob("*.safetensors"):
+            weights.unlink()
+        told = families.describe(Base(model=str(folder)))
+        assert told.size_multiple == family.size_multiple
+        assert told.default_resolution == family.default_resolution
+        long = "a zorp robot " + "on the beach " * 40 + "wearing a hat"
+        for prompt in (PROMPT, long):
+            assert told.cut_words(prompt) == family.cut_words(prompt)
+
     def test_a_prompt_that_just_fits_is_not_cut(self, name: str, load_tiny: Load) -> None:
         family = load_tiny(name)
         words = "a"

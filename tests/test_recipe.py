@@ -112,7 +112,7 @@ colour: blue
     expected = [
         r'bad.yaml:1: name: "my run" is not allowed: .*Letters, digits',
         r'bad.yaml:4: base.dtyp: unknown key \(did you mean "dtype"\?\)',
-        r'bad.yaml:6: data.source: there is no folder "picturez" \(looked for /.*\)',
+        r'bad.yaml:6: data.source: there is no folder or file "picturez" \(looked for /.*\)',
         r'bad.yaml:9: data.flip: must be true or false, not "yes" \(write true\)',
         r"bad.yaml:12: adapter.rank: must be at least 1 and at most 1024, not 0",
         r"bad.yaml:13: adapter.targets: must be attention, .* or a list, not 5",
@@ -172,7 +172,7 @@ def test_contradictions_between_keys(folder: Path, line: str, says: str) -> None
         ("class: robot", "class: zorp", '7: data.class: "zorp" is the trigger as well'),
         ("class: robot", "class: robot\n  holdout: pictures", "8: data.holdout: "),
         ("class: robot", "class: robot\n  holdout: .", '8: data.holdout: "." overlaps with data'),
-        ("class: robot", "class: robot\n  caption: a robot", "8: data.caption: "),
+        ("class: robot", "class: robot\n  captions: {template: a robot}", "8: data.captions: "),
         (
             "class: robot",
             "class: robot\n  resolution: 60",
@@ -182,7 +182,11 @@ def test_contradictions_between_keys(folder: Path, line: str, says: str) -> None
         ("model: model", "model: pictures", "3: base.model: pictures: is no diffusers model"),
         ("model: model", "model: toybx", '3: base.model: there is no folder "toybx" (looked'),
         ("model: model", "model: ./org/model", '3: base.model: there is no folder "./org/model"'),
-        ("source: pictures", "source: recipes/good.yaml", "is a file; it must be a folder"),
+        (
+            "source: pictures",
+            "source: recipes/good.yaml",
+            "holds no pictures; give a folder, a .parquet file or a .tar",
+        ),
     ],
 )
 def test_contradictions_with_what_is_on_the_disk(
@@ -198,7 +202,7 @@ def test_overrides_obey_the_same_rules_and_are_named(folder: Path) -> None:
         GOOD,
         "train.stepz=5",
         "adapter.rank=many",
-        "data.caption=",
+        "data.captions.template=",
         "nonsense",
         "train.seed=1",
         "train.seed=2",
@@ -209,7 +213,7 @@ def test_overrides_obey_the_same_rules_and_are_named(folder: Path) -> None:
     assert set(found) == {
         'override "train.stepz=5": train.stepz: unknown key (did you mean "steps"?)',
         'override "adapter.rank=many": adapter.rank: must be a whole number, not "many"',
-        'override "data.caption=": data.caption: must not be empty',
+        'override "data.captions.template=": data.captions.template: must not be empty',
         'override "nonsense": is not KEY=VALUE, such as train.steps=500',
         'override "train.seed=2": contradicts override "train.seed=1": give the key once',
         'override "extends=x.yaml": extends stands in recipe files only',
@@ -237,7 +241,7 @@ def test_overrides_take_numbers_lists_sections_and_plain_text(folder: Path) -> N
             "train.learning_rate=3e-4",
             "train.betas=[0.8, 0.9]",
             "adapter={rank: 4, alpha: 2}",
-            "data.caption={trigger} {class} # 1: of its kind",
+            "data.captions.template={trigger} {class} # 1: of its kind",
             "evaluate.negative_prompt=",
             "data.trigger='007'",
             "train.min_snr_gamma=null",
@@ -246,7 +250,7 @@ def test_overrides_take_numbers_lists_sections_and_plain_text(folder: Path) -> N
     assert recipe.train.learning_rate == 3e-4
     assert recipe.train.betas == (0.8, 0.9)
     assert (recipe.adapter.rank, recipe.adapter.alpha) == (4, 2)  # type: ignore[attr-defined]
-    assert recipe.data.caption == "{trigger} {class} # 1: of its kind"
+    assert recipe.data.captions.template == "{trigger} {class} # 1: of its kind"
     assert recipe.evaluate.negative_prompt == ""
     assert recipe.data.trigger == "007"
 
@@ -432,7 +436,12 @@ def test_any_value_survives_writing_and_reading(
         {
             "name": "any",
             "base": {"model": "org/model"},
-            "data": {"source": folder, "trigger": "zorp", "class": "robot", "caption": caption},
+            "data": {
+                "source": folder,
+                "trigger": "zorp",
+                "class": "robot",
+                "captions": {"template": caption},
+            },
             "adapter": {"kind": "lora"},
             "train": {"learning_rate": rate, "min_snr_gamma": gamma},
             "evaluate": {"seeds": seeds, "negative_prompt": negative},
@@ -448,7 +457,7 @@ def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
     path = tmp_path_factory.getbasetemp() / "text.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
-        load_recipe(path, [f"data.caption={text}"])
+        load_recipe(path, [f"data.captions.template={text}"])
     except RecipeError as exc:
         assert exc.faults  # noqa: PT017 - any other exception fails the test
 
@@ -566,3 +575,52 @@ def test_the_schema_describes_every_key_and_refuses_what_we_refuse() -> None:
         {key: value for key, value in good.items() if key != "base"},
     ):
         assert not validator.is_valid(wrong), wrong
+
+
+NESTED = """
+name: nested
+base: {model: org/model}
+data:
+  source:
+    - pictures
+    - {path: pictures, repeets: 2}
+    - {path: pictures, repeats: 0}
+    - {dataset: owner/name, path: pictures}
+    - picturez/more
+  trigger: zorp
+  class: robot
+  caption_dropout: 0.1
+  resolution: [64, 8]
+  captions: {shufle: true, keep_tokens: 1}
+  buckets: {min_bucket_reso: 64}
+  prior: {prompts: ["a {trigger} robot"], source: nowhere}
+adapter: {kind: lora}
+"""
+
+
+def test_sections_inside_sections_are_held_to_the_same_rules(folder: Path) -> None:
+    found = faults(NESTED)
+    at = "recipes/bad.yaml"
+    for says in (
+        f'{at}:7: data.source.1.repeets: unknown key (did you mean "repeats"?)',
+        f"{at}:8: data.source.2.repeats: must be at least 1 and at most 10000, not 0",
+        f"{at}:9: data.source.3: needs `path` (on this disk) or `dataset` (on the Hub), one of",
+        f'{at}:10: data.source.4: there is no folder or file "picturez/more"',
+        f'{at}:13: data.caption_dropout: unknown key (did you mean "data.captions.dropout"?)',
+        f"{at}:14: data.resolution.1: must be at least 16, not 8",
+        f'{at}:15: data.captions.shufle: unknown key (did you mean "shuffle"?)',
+        f'{at}:16: data.buckets.min_bucket_reso: unknown key (did you mean "min"?)',
+        f'{at}:17: data.prior.prompts.0: "a {{trigger}} robot" holds {{trigger}}',
+        f'{at}:17: data.prior.source: there is no folder "nowhere"',
+    ):
+        assert [line for line in found if line.startswith(says)], (says, found)
+    assert len(found) == 10, found
+
+
+def test_sources_of_pictures_are_found_from_the_recipe(folder: Path) -> None:
+    recipe = load_recipe(
+        Path("recipes/good.yaml"), ["data.source=[pictures, {path: pictures, repeats: 3}]"]
+    )
+    assert [(part.path, part.repeats) for part in recipe.data.sources] == [
+        ("pictures", 1), ("pictures", 3),
+    ]  # fmt: skip

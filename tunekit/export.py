@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tunekit import families, modelcard
 from tunekit.checkpoint import read_safetensors, write_safetensors
-from tunekit.data.captions import fill
+from tunekit.data.captions import expand, fill
 from tunekit.errors import UserError
 from tunekit.verification import Parity, VerificationError, compare, make_probe, measure
 
@@ -66,7 +66,7 @@ def export_adapter(
     are replaced by verified ones.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    resolution = recipe.data.resolution or family.default_resolution
+    resolution = (*recipe.data.resolutions, family.default_resolution)[0]
     done = []
     for layout in recipe.export.layouts:
         tensors, described = adapter.export_state(layout)
@@ -194,6 +194,6 @@ def _probe_prompts(recipe: Recipe) -> list[str]:
     """Return what the pictures are called by default, and a prompt that is drawn for the report."""
     data = recipe.data
     return [
-        fill(data.caption, data.trigger, data.class_noun),
+        expand((), data)[0],
         fill(recipe.evaluate.prompts[-1], data.trigger, data.class_noun),
     ]

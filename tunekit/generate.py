@@ -259,8 +259,8 @@ def _settings(request: Request, known: _Known) -> DrawSettings:
             name: getattr(known.evaluate, name)
             for name in ("steps", "guidance_scale", "scheduler", "negative_prompt")
         }
-    if known.data is not None and known.data.resolution is not None:
-        values |= {"width": known.data.resolution, "height": known.data.resolution}
+    if known.data is not None and known.data.resolutions:
+        values |= {"width": known.data.resolutions[0], "height": known.data.resolutions[0]}
     names = ("negative_prompt", "steps", "guidance_scale", "scheduler", "width", "height")
     asked = {name: getattr(request, name) for name in names}
     values |= {name: value for name, value in asked.items() if value is not None}

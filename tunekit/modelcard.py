@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import tunekit
-from tunekit.data.captions import fill
+from tunekit.data.captions import expand
 from tunekit.schema import BUNDLED
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def model_card(
     """
     assert files
     base, data = base_name(recipe), recipe.data
-    prompt = fill(data.caption, data.trigger, data.class_noun)
+    prompt = expand((), data)[0]
     front = [
         "---",
         *([f"base_model: {json.dumps(base)}"] if _HUB_ID.fullmatch(base) else []),

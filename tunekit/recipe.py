@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from ruamel.yaml import YAML
 from tunekit import adapters, families, schema
 from tunekit.errors import UserError, did_you_mean
 from tunekit.families.base import SCHEDULERS
-from tunekit.modelfolder import described_here, names_file
-from tunekit.recipe_faults import explain, extra, fields, shown
+from tunekit.modelfolder import described_here
+from tunekit.recipe_faults import explain, nested, shown
+from tunekit.recipe_paths import find_paths, sections_at, texts_at
 from tunekit.recipe_source import (
     Fault,
     Key,
@@ -37,8 +37,6 @@ __all__ = [
     "load_recipe",
     "recipe_from",
 ]
-
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 class Recipe(schema.Section):
@@ -121,7 +119,7 @@ def _resolve(source: Source, overrides: Sequence[str]) -> Recipe:
         source = override.lay_over(source)
     faults = list(source.faults)
     sections = _sections(source.tree)
-    faults += _find_paths(source, sections)
+    faults += find_paths(source, sections)
     recipe = None
     try:
         recipe = Recipe.model_validate(source.tree)
@@ -136,12 +134,12 @@ def _resolve(source: Source, overrides: Sequence[str]) -> Recipe:
 
 
 def _sections(tree: Mapping[str, Any]) -> dict[str, type[schema.Section]]:
-    """Return the sections by key, '' being the recipe; the adapter's is that of its kind."""
+    """Return the sections by dotted key, '' being the recipe; the adapter's is that of its kind."""
     settings: type[schema.Section] = schema.AdapterSettings
     adapter = tree.get("adapter")
     if isinstance(adapter, Mapping) and isinstance(adapter.get("kind"), str):
         settings = adapters.settings_types().get(adapter["kind"], settings)
-    return {
+    own: dict[str, type[schema.Section]] = {
         "": Recipe,
         "base": schema.Base,
         "data": schema.Data,
@@ -150,62 +148,7 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, type[schema.Section]]:
         "evaluate": schema.Evaluate,
         "export": schema.Export,
     }
-
-
-def _find_paths(source: Source, sections: Mapping[str, type[schema.Section]]) -> Iterator[Fault]:
-    """Replace each path in the tree by where it is found; yield a fault for each that is not."""
-    for name, section in sections.items():
-        values = source.tree.get(name)
-        if not isinstance(values, dict):
-            continue
-        for key, field in fields(section):
-            kind, text = extra(field, "x-path"), values.get(key)
-            if kind is None or not isinstance(text, str) or not text:
-                continue
-            roots = _roots(source.place((name, key)).folder)
-            found = _first_found(text, roots)
-            if found is not None:
-                if kind == "folder" and not Path(found).is_dir():
-                    yield source.fault((name, key), f'"{text}" is a file; it must be a folder')
-                values[key] = found
-            elif kind == "folder" or not _may_be_remote(text):
-                yield source.fault((name, key), _not_found(text, roots, kind))
-
-
-def _roots(folder: Path | None) -> list[Path]:
-    """Return where a path is looked for: here, then from the file's folder up to its project's."""
-    if folder is None:
-        return [Path()]
-    folder = Path(os.path.abspath(folder))
-    return [Path(), folder, *folder.parents[:2]]
-
-
-def _first_found(text: str, roots: Sequence[Path]) -> str | None:
-    """Return the path as it is written from the working directory, absolute if outside of it."""
-    path = Path(text).expanduser()
-    for root in roots:
-        if text != schema.BUNDLED and (root / path).exists():
-            if root == Path() and str(path) == text:
-                return text
-            whole = Path(os.path.abspath(root / path))
-            return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
-    return None
-
-
-def _may_be_remote(text: str) -> bool:
-    if text == schema.BUNDLED:
-        return True
-    return _HUB_ID.fullmatch(text) is not None and text[0] != "." and not names_file(text)
-
-
-def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
-    looked = list(dict.fromkeys(os.path.abspath(root / Path(text).expanduser()) for root in roots))
-    what = "file" if kind == "model" and names_file(text) else "folder"
-    problem = f'there is no {what} "{text}" (looked for {", ".join(looked)})'
-    if kind == "folder":
-        return problem
-    near = did_you_mean(text, [schema.BUNDLED])
-    return f"{problem}{near}; a Hub id has the form owner/name"
+    return nested(own)
 
 
 def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
@@ -224,8 +167,10 @@ def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
 
 
 def _holdout(source: Source, data: Mapping[str, Any], faulty: set[str]) -> Iterator[Fault]:
-    folder, holdout = data.get("source"), data.get("holdout")
-    if not (isinstance(folder, str) and isinstance(holdout, str)):
+    holdout = data.get("holdout")
+    paths = [text for _, text in texts_at((), data.get("source"))]
+    paths += [part["path"] for _, part in sections_at(data.get("source"), []) if "path" in part]
+    if not isinstance(holdout, str):
         return
     if source.inherits(("data", "holdout"), ("data", "source")):
         problem = (
@@ -235,13 +180,14 @@ def _holdout(source: Source, data: Mapping[str, Any], faulty: set[str]) -> Itera
         )
         yield source.fault(("data", "source"), problem)
         return
-    if {"data.source", "data.holdout"} & faulty:
+    if "data.holdout" in faulty or any(key.startswith("data.source") for key in faulty):
         return
-    trained, held = Path(folder).resolve(), Path(holdout).resolve()
-    if held.is_relative_to(trained) or trained.is_relative_to(held):
-        how = "is the same folder as" if trained == held else "overlaps with"
-        problem = f'"{holdout}" {how} data.source: held-out pictures must never be trained on'
-        yield source.fault(("data", "holdout"), problem)
+    for path in paths:
+        trained, held = Path(str(path)).resolve(), Path(holdout).resolve()
+        if held.is_relative_to(trained) or trained.is_relative_to(held):
+            how = "is the same folder as" if trained == held else "overlaps with"
+            problem = f'"{holdout}" {how} data.source: held-out pictures must never be trained on'
+            yield source.fault(("data", "holdout"), problem)
 
 
 def _text_encoder(source: Source) -> Iterator[Fault]:
@@ -260,7 +206,7 @@ def _family(
     source: Source, base: Mapping[str, Any], data: Mapping[str, Any], faulty: set[str]
 ) -> Iterator[Fault]:
     """Hold a base on this disk to its own description; a Hub id is only known once fetched."""
-    name, size = base.get("family"), data.get("resolution")
+    name, sizes = base.get("family"), data.get("resolution")
     if isinstance(name, str) and name not in families.names():
         known = families.names()
         problem = f"must be {' or '.join(known)}, not {shown(name)}{did_you_mean(name, known)}"
@@ -283,9 +229,10 @@ def _family(
     if name is not None and name != family.name:
         problem = f"is {shown(name)}, but {settings.model} is {family.name}"
         yield source.fault(("base", "family"), problem)
-    if type(size) is int and "data.resolution" not in faulty and size % family.size_multiple:
-        problem = f"must be a multiple of {family.size_multiple} for {settings.model}, not {size}"
-        yield source.fault(("data", "resolution"), problem)
+    for size in sizes if isinstance(sizes, list) else [sizes]:
+        if type(size) is int and "data.resolution" not in faulty and size % family.size_multiple:
+            problem = f"must be a multiple of {family.size_multiple} for {settings.model}"
+            yield source.fault(("data", "resolution"), f"{problem}, not {size}")
 
 
 def _scheduler(source: Source, evaluate: Mapping[str, Any]) -> Iterator[Fault]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from tunekit.errors import did_you_mean
 from tunekit.recipe_source import Fault, Key, Source, dotted
 from tunekit.schema import Section
+from tunekit.section import BRANCHES
 
 _WANTED = {
     "int_type": "a whole number",
@@ -43,7 +44,7 @@ def explain(
 ) -> list[Fault]:
     """Return a fault for each thing pydantic found, at the line where it stands.
 
-    `sections` are the recipe's sections by key, with '' for the recipe itself.
+    `sections` are the recipe's sections by dotted key, with '' for the recipe itself.
     """
     found: dict[Key, list[str]] = {}
     for details in error.errors(include_url=False):
@@ -68,9 +69,11 @@ def _joined(problems: list[str]) -> str:
 
 
 def _key(details: ErrorDetails, tree: Any) -> Key:
-    """Return the error's place in the tree, without the union branches pydantic appends."""
+    """Return the error's place in the tree, without the union branches pydantic puts between."""
     key: Key = ()
     for part in details["loc"]:
+        if part in BRANCHES:
+            continue
         if isinstance(tree, dict):
             tree = tree.get(str(part))
         elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
@@ -174,11 +177,43 @@ def _first_sentence(field: FieldInfo | None) -> str:
     return text.split(". ")[0].rstrip(".")
 
 
+def _section(key: Key, sections: Mapping[str, type[Section]]) -> str:
+    """Return the dotted name of the section that `key` stands in; '' is the recipe."""
+    names = [str(part) for part in key[:-1] if not isinstance(part, int)]
+    while names and ".".join(names) not in sections:
+        names.pop()
+    return ".".join(names)
+
+
 def _field(key: Key, sections: Mapping[str, type[Section]]) -> FieldInfo | None:
     """Return the field that `key` (or the list around it) fills; None for an unknown one."""
-    if key and str(key[0]) in sections and len(key) > 1:
-        return dict(fields(sections[str(key[0])])).get(str(key[1]))
-    return dict(fields(sections[""])).get(str(key[0])) if key else None
+    inside = _section(key, sections)
+    names = [str(part) for part in key if not isinstance(part, int)]
+    own = names[inside.count(".") + 1 if inside else 0 :]
+    return dict(fields(sections[inside])).get(own[0]) if own else None
+
+
+def nested(sections: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
+    """Return `sections` and the sections inside them, by dotted key."""
+    found = dict(sections)
+    for name, section in sections.items():
+        if not name:
+            continue  # the recipe's own are given, with the adapter's as its kind makes it
+        inner = {
+            f"{name}.{key}": kind
+            for key, field in fields(section)
+            for kind in _kinds(field.annotation)
+        }
+        found |= nested(inner)
+    return found
+
+
+def _kinds(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections that an annotation speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 def fields(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
@@ -196,8 +231,8 @@ def extra(field: FieldInfo, name: str) -> Any:
 def _suggestion(key: Key, sections: Mapping[str, type[Section]]) -> str:
     """Say what an unknown key may have meant: here, by another trainer's word, or elsewhere."""
     word = str(key[-1])
-    own = str(key[0]) if len(key) > 1 else ""
-    if own not in sections:
+    own = _section(key, sections)
+    if len(key) > 1 and not own:
         return ""
     here = dict(fields(sections[own]))
     known_as = _synonym(word, here.items())
@@ -205,10 +240,11 @@ def _suggestion(key: Key, sections: Mapping[str, type[Section]]) -> str:
         return f' (did you mean "{known_as}"?)'
     others = {name: dict(fields(section)) for name, section in sections.items() if name != own}
     same = [(name, word) for name, there in others.items() if word in there]
-    if not same and (near := did_you_mean(word, here)):
-        return near
     known = [(name, _synonym(word, there.items())) for name, there in others.items()]
-    for name, found in [*same, *known]:
+    inside = [(name, found) for name, found in known if found and name.startswith(f"{own}.")]
+    if not same and not inside and (near := did_you_mean(word, here)):
+        return near
+    for name, found in [*inside, *same, *known]:
         if found:
             return f' (did you mean "{dotted((name, found)) if name else found}"?)'
     return f"; known here: {', '.join(here)}"

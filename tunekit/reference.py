@@ -26,7 +26,11 @@ def markdown() -> str:
         if not kinds:
             own.append(_row(name, field, whole.get("else", {}).get("required", ())))
         for section in kinds:
-            sections += _section(name, field, section, whole["else"]["properties"].get(name, {}))
+            needed = whole["else"]["properties"].get(name, {})
+            sections += _section(name, field, section, needed)
+            for key, inside in section["properties"].items():
+                for inner in _inner(inside, whole["$defs"]):
+                    sections += _section(f"{name}.{key}", {}, inner, {})
     top = [_title("The recipe itself"), "\n".join([_HEAD, *own])]
     return "\n\n".join([*top, *sections]) + "\n"
 
@@ -40,6 +44,15 @@ def _sections(field: Schema, known: Schema) -> list[Schema]:
     options = [field, *field.get("anyOf", ())]
     names = [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
     return [known[name] for name in names]
+
+
+def _inner(field: Schema, known: Schema) -> list[Schema]:
+    """Return the sections that a key inside a section holds, alone, in a list or among others."""
+    if "$ref" in field:
+        return [known[field["$ref"].rpartition("/")[2]]]
+    options = [*field.get("anyOf", ()), *field.get("oneOf", ()), field.get("items", {})]
+    found = [section for option in options if option for section in _inner(option, known)]
+    return [section for n, section in enumerate(found) if section not in found[:n]]
 
 
 def _section(name: str, field: Schema, section: Schema, needed: Schema) -> Iterator[str]:
@@ -56,7 +69,7 @@ def _section(name: str, field: Schema, section: Schema, needed: Schema) -> Itera
 
 def _lists(keys: Schema) -> Iterator[str]:
     """Yield what a table has no room for: the prompts that are the default, the samplers."""
-    if "prompts" in keys:
+    if "prompts" in keys and "kind" in keys:
         for kind, prompts in PROMPTS.items():
             lines = "\n".join(f"- `{prompt}`" for prompt in prompts)
             yield f"The default `prompts` of kind `{kind}`:\n\n{lines}"
@@ -93,8 +106,10 @@ def _default(field: Schema) -> str:
 
 def _value(field: Schema) -> str:
     """Return a key's type and range in words."""
-    if "anyOf" in field:
-        return ", or ".join(dict.fromkeys(_value(option) for option in field["anyOf"]))
+    if "$ref" in field:
+        return "a section of keys"
+    if options := [*field.get("anyOf", ()), *field.get("oneOf", ())]:
+        return ", or ".join(dict.fromkeys(_value(option) for option in options))
     if "const" in field:
         return f"`{field['const']}`"
     if "enum" in field:
@@ -111,6 +126,8 @@ def _list(field: Schema) -> str:
     items = field.get("items") or field["prefixItems"][0]
     least, most = field.get("minItems", 0), field.get("maxItems")
     count = f"{least} " if least == most else "one or more " if least else ""
+    if "oneOf" in items:
+        return "list of these"
     plural = _value(items).replace("whole number", "whole numbers").replace("text", "texts")
     if items.get("type") == "number":
         plural = plural.replace("number", "numbers", 1)

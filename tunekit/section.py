@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+)
 
 
 def also(*words: str) -> dict[str, JsonValue]:
@@ -35,6 +43,17 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
         raise ValueError(f"{', '.join(twice)} stands there more than once")
     return values
 
+
+def _form(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return LIST
+    return SECTION if isinstance(value, (Mapping, BaseModel)) else ONE
+
+
+ONE, SECTION, LIST = BRANCHES = ("<one>", "<section>", "<list>")
+"""What may stand in one place, told by its form: pydantic names these in the place of an error."""
+by_form = Discriminator(_form)
+"""Put on a union whose members carry a Tag: only the fitting one is tried, only it complains."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Word = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\s{}]([^{}\r\n]*[^\s{}])?$")]

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from tunekit import registry
 from tunekit.errors import UserError
-from tunekit.families.base import Family, ModelFolder
+from tunekit.families.base import Description, Family, ModelFolder
 
 if TYPE_CHECKING:
     import torch
 
     from tunekit.schema import Base
 
-__all__ = ["Family", "ModelFolder", "get", "load", "names", "recognise"]
+__all__ = ["Description", "Family", "ModelFolder", "describe", "get", "load", "names", "recognise"]
 
 
 def names() -> tuple[str, ...]:
@@ -60,6 +60,15 @@ def load(base: Base, device: torch.device | str = "cpu") -> Family:
             f"{folder.summary()}; set base.family: {family.name} or leave it out"
         )
     return family.load(base, device, folder)
+
+
+def describe(base: Base) -> Description:
+    """Return what the recipe's base says of itself, without reading its weights.
+
+    Raises UserError where the model cannot be found or is of no known family.
+    """
+    folder = ModelFolder.open(base)
+    return recognise(folder).describe(folder)
 
 
 def _either(needs: Iterable[str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from tunekit.errors import UserError, did_you_mean
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
     from tunekit.diffusion import NoiseSchedule
     from tunekit.schema import Base
 
-__all__ = ["Conditioning", "Family", "ModelFolder", "PromptCutWarning", "make_scheduler"]
+__all__ = [
+    "Conditioning",
+    "Description",
+    "Family",
+    "ModelFolder",
+    "PromptCutWarning",
+    "make_scheduler",
+]
 
 # What a prompt becomes for the denoiser: tensors [B, ...] under keys that the family defines.
 Conditioning: TypeAlias = "dict[str, Tensor]"
@@ -43,6 +51,20 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {"dpm++_2m_karras": {"use_karras_sigm
 
 class PromptCutWarning(UserWarning):
     """A prompt is longer than the text encoder reads; the message names the words it never saw."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a base says of itself before any weight is read.
+
+    size_multiple: pictures' edges are multiples of this many pixels. default_resolution: pixels.
+    cut_words: as `Family.cut_words`.
+    """
+
+    label: str
+    size_multiple: int
+    default_resolution: int
+    cut_words: Callable[[str], str]
 
 
 class Family(ABC):
@@ -84,6 +106,11 @@ class Family(ABC):
         cls, model_index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
     ) -> bool:
         """Say whether a folder with this model_index.json and these component configs is ours."""
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, folder: ModelFolder) -> Description:
+        """Return what a folder of this family says by its configuration and tokenizers alone."""
 
     @classmethod
     @abstractmethod

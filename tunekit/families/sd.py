@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunekit import singlefile
 from tunekit.errors import UserError
-from tunekit.families.base import Conditioning, Family, PromptCutWarning, make_scheduler
+from tunekit.families.base import (
+    Conditioning,
+    Description,
+    Family,
+    PromptCutWarning,
+    make_scheduler,
+)
 from tunekit.modelfolder import ModelFolder, loading
 
 if TYPE_CHECKING:
@@ -85,8 +91,7 @@ class StableDiffusion(Family):
         )
         # The loaded module's word: a config.json may leave out what is the default.
         self._vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        size = folder.configs["unet"].get("sample_size") or 64
-        self.default_resolution = (size if isinstance(size, int) else max(size)) * self._vae_factor
+        self.default_resolution = _edge(folder) * self._vae_factor
 
     @classmethod
     def recognise(
@@ -109,6 +114,20 @@ class StableDiffusion(Family):
             and unet.get("in_channels", 4) == cls.latent_channels
             and unet.get("addition_embed_type") is None
             and unet.get("class_embed_type") is None
+        )
+
+    @classmethod
+    def describe(cls, folder: ModelFolder) -> Description:
+        folder.bring(["tokenizer"], [], None)
+        tokenizer = _tokenizer(folder.path)
+        read = folder.configs.get("text_encoder", {}).get("max_position_embeddings", 77)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, read)
+        factor = 2 ** (len(folder.configs["vae"].get("block_out_channels", [64])) - 1)
+        return Description(
+            folder.label,
+            cls.size_multiple,
+            _edge(folder) * factor,
+            lambda prompt: _cut_words(tokenizer, prompt),
         )
 
     @classmethod
@@ -173,10 +192,7 @@ class StableDiffusion(Family):
         return {_HIDDEN: encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]}
 
     def cut_words(self, prompt: str) -> str:
-        # The last token read is the end mark, in the place of the first one cut.
-        tokens = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-        cut: str = self.tokenizer.decode(tokens[self.tokenizer.model_max_length - 1 : -1])
-        return cut
+        return _cut_words(self.tokenizer, prompt)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = self.denoiser(
@@ -244,6 +260,19 @@ class StableDiffusion(Family):
             "ss_base_model_version": version,
             "ss_v2": str(width == 1024),
         }
+
+
+def _edge(folder: ModelFolder) -> int:
+    """Return the edge of the latents that the denoiser was made for."""
+    size = folder.configs["unet"].get("sample_size") or 64
+    return size if isinstance(size, int) else max(size)
+
+
+def _cut_words(tokenizer: Any, prompt: str) -> str:
+    # The last token read is the end mark, in the place of the first one cut.
+    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    cut: str = tokenizer.decode(tokens[tokenizer.model_max_length - 1 : -1])
+    return cut
 
 
 def _tokenizer(folder: Path) -> Any:
