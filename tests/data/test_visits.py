@@ -1,0 +1,125 @@
+"""Full batches of one bucket, and every picture equally often."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunekit.data.visits import Round, Visit, Visits, expected, round_of, variant
+
+ITEMS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3)), min_size=1, max_size=12)
+
+
+def visits(items: list[tuple[str, int]], seed: int, batch_size: int) -> Visits:
+    buckets, repeats = zip(*items, strict=True)
+    return Visits(buckets, repeats, seed=seed, batch_size=batch_size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    items=ITEMS,
+    batch_size=st.integers(1, 8),
+    ranks=st.integers(1, 4),
+    micros=st.integers(1, 3),
+    seed=st.integers(0, 2**63 - 1),
+    rounds=st.integers(1, 2),
+)
+def test_over_a_round_every_picture_is_seen_equally_often_whatever_the_ranks(
+    items: list[tuple[str, int]], batch_size: int, ranks: int, micros: int, seed: int, rounds: int
+) -> None:
+    row = visits(items, seed, batch_size)
+    total = row.round.batches * rounds
+    # The ranks' batches, step by step, are the one row of a single machine.
+    taken: dict[int, tuple[Visit, ...]] = {}
+    for step in range(-(-total // (micros * ranks))):
+        for micro in range(micros):
+            for rank in range(ranks):
+                place = row.of(step, micro, micros, rank, ranks)
+                assert place not in taken
+                taken[place] = row.at(place)
+    assert sorted(taken) == list(range(len(taken)))
+    seen: Counter[int] = Counter()
+    for place in range(total):
+        batch = taken[place]
+        assert len(batch) == batch_size
+        assert len({items[visit.item][0] for visit in batch}) == 1
+        seen.update(visit.item for visit in batch)
+    epochs = row.round.epochs * rounds
+    assert seen == {item: epochs * repeats for item, (_, repeats) in enumerate(items)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    items=ITEMS,
+    batch_size=st.integers(1, 8),
+    seed=st.integers(0, 2**63 - 1),
+    batches=st.integers(1, 40),
+)
+def test_at_any_moment_visits_are_counted_and_within_what_is_expected(
+    items: list[tuple[str, int]], batch_size: int, seed: int, batches: int
+) -> None:
+    row = visits(items, seed, batch_size)
+    numbers: dict[int, list[int]] = {item: [] for item in range(len(items))}
+    for place in range(batches):
+        for visit in row.at(place):
+            numbers[visit.item].append(visit.number)
+    # Visit numbers are 0, 1, 2, ... in the order they are seen: no variant is left out.
+    assert all(found == list(range(len(found))) for found in numbers.values())
+    buckets, repeats = zip(*items, strict=True)
+    told = expected(buckets, repeats, batch_size, batches)
+    for item, (least, most) in enumerate(told):
+        assert least <= len(numbers[item]) <= most
+    whole = expected(buckets, repeats, batch_size, 2 * row.round.batches)
+    assert whole == [(2 * row.round.epochs * r,) * 2 for r in repeats]
+    for bucket in set(buckets):
+        of_one = [len(numbers[i]) / r for i, (b, r) in enumerate(items) if b == bucket]
+        assert max(of_one) - min(of_one) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 9), batch_size=st.integers(1, 20), seed=st.integers(0, 2**63 - 1))
+def test_one_bucket_is_a_permutation_an_epoch(count: int, batch_size: int, seed: int) -> None:
+    row = visits([("a", 1)] * count, seed, batch_size)
+    seen = [visit for place in range(12) for visit in row.at(place)]
+    for epoch in range(len(seen) // count):
+        part = seen[epoch * count : (epoch + 1) * count]
+        assert sorted(visit.item for visit in part) == list(range(count))
+        assert {visit.number for visit in part} == {epoch}
+
+
+def test_a_round_is_the_shortest() -> None:
+    assert round_of("aaab", [1] * 4, 2) == Round(epochs=2, batches=4)
+    assert round_of("aabb", [1] * 4, 2).epochs == 1
+    assert round_of("a", [1], 4).epochs == 4
+    assert round_of("aab", [1, 1, 2], 2).epochs == 1
+    assert round_of("ab", [3, 5], 4).epochs == 4
+
+
+def test_any_batch_can_be_asked_for_at_once() -> None:
+    items = [("ab"[n % 2], 1) for n in range(20)]
+    far = visits(items, 3, 4).at(1_000_000_007)
+    assert far == visits(items, 3, 4).at(1_000_000_007)
+    forward = visits(items, 3, 4)
+    wanted = [forward.at(place) for place in range(60)]
+    backward = visits(items, 3, 4)
+    assert [backward.at(place) for place in reversed(range(60))] == wanted[::-1]
+    assert [visits(items, 4, 4).at(place) for place in range(60)] != wanted
+    copy = pickle.loads(pickle.dumps(forward))
+    assert [copy.at(place) for place in range(60)] == wanted
+
+
+def test_buckets_are_shuffled_in_each_round() -> None:
+    items = [("ab"[n % 2], 1) for n in range(16)]
+    row = visits(items, 1, 2)
+    turns = ["".join(items[row.at(p + 8 * r)[0].item][0] for p in range(8)) for r in range(6)]
+    assert all(sorted(turn) == sorted("aaaabbbb") for turn in turns)
+    assert len(set(turns)) > 3
+
+
+@given(seed=st.integers(0, 99), variants=st.integers(1, 8), start=st.integers(0, 5))
+def test_all_variants_before_one_comes_again(seed: int, variants: int, start: int) -> None:
+    cycle = [variant(seed, "key", start * variants + n, variants) for n in range(variants)]
+    assert sorted(cycle) == list(range(variants))
