@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunekit.data import upkeep
 from tunekit.data.locks import shared
-from tunekit.data.shards import Block
-from tunekit.data.shelf import Shelf
+from tunekit.data.shards import Block, whole_file
+from tunekit.data.shelf import Shelf, unusable
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Cache:
         self.hits = self.misses = 0
         self._say = say or logging.getLogger("tunekit").warning
         self._shelves: dict[str, Shelf] = {}
+        self._users = 0
         weakref.finalize(self, _flush_late, self._shelves, self._say)
 
     def fetch(
@@ -110,20 +112,74 @@ class Cache:
         self._block(kind, key, make)
         return Entry(self._shelf(kind), key)
 
+    def keep_file(self, kind: str, key: str, suffix: str, make: Callable[[], bytes]) -> Path:
+        """Return the path of a file named by its content; where there is none, make it.
+
+        suffix: such as ".png". make: returns the file's bytes. Faults as of `fetch`.
+        """
+        assert suffix.startswith(".")
+        assert suffix != ".safetensors"
+        path = self.root / kind / key[:2] / f"{key}{suffix}"
+        try:
+            os.utime(path)  # its last use
+        except FileNotFoundError:
+            data = make()
+            try:
+                with whole_file(path) as part:
+                    part.write_bytes(data)
+            except OSError as error:
+                raise unusable(path, error, len(data)) from error
+            self.misses += 1
+        except PermissionError:  # another user's file, shared
+            self.hits += 1
+        except OSError as error:
+            raise unusable(path, error) from error
+        else:
+            self.hits += 1
+        return path
+
     @contextlib.contextmanager
     def using(self) -> Iterator[Cache]:
         """Keep every process from clearing the cache for as long as the block runs, then flush.
 
-        Entries are safe from `prune` inside it only: a run holds it from its first entry to its
-        last step. Raises UserError where the cache folder cannot be written.
+        Before that, a cache larger than $TUNEKIT_CACHE_MAX (default 20 GB) is pruned to it, and
+        `say` is told. Entries are safe from `prune` inside the block only: a run holds it from its
+        first entry to its last step. Blocks may be nested.
+        Raises UserError where the cache folder cannot be written.
         """
-        with shared(self.root):
-            for shelf in self._shelves.values():
-                shelf.forget()  # another process may have cleared it until now
+        if not self._users:
+            upkeep.bound(self.root, self._say)
+        with shared(self.root, self._say):
+            self._users += 1
+            if self._users == 1:
+                self._forget()  # another process may have cleared it until now
             try:
                 yield self
             finally:
+                self._users -= 1
                 self.flush()
+
+    def usage(self) -> list[upkeep.Usage]:
+        """Return what the cache holds, by kind. Raises UserError where it cannot be read."""
+        self.flush()
+        return upkeep.usage(self.root)
+
+    def prune(
+        self, max_bytes: int | None = None, older_than_seconds: float | None = None
+    ) -> upkeep.Pruned:
+        """Remove what is of no use any more, what is too old, and then the least recently used.
+
+        max_bytes: how much may stay; 0: nothing. older_than_seconds: since its last use.
+        Raises UserError while anybody uses the cache, and where files cannot be removed.
+        """
+        self.flush()
+        pruned = upkeep.prune(self.root, max_bytes, older_than_seconds)
+        self._forget()
+        return pruned
+
+    def _forget(self) -> None:
+        for shelf in self._shelves.values():
+            shelf.forget()
 
     def flush(self) -> None:
         """Write what is still held. Raises UserError where it cannot be written."""
