@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from tunekit.data.captions import fill
     from tunekit.data.dataset import Batch, EncodedDataset
     from tunekit.data.images import fit, open_rgb, to_pixels
+    from tunekit.data.records import DataError
     from tunekit.data.sheet import DataSheet, Example, load_examples, preflight
-    from tunekit.data.source import DataError
 
 _HOME = {
     "Batch": "dataset",
     "Cache": "cache",
-    "DataError": "source",
+    "DataError": "records",
     "DataSheet": "sheet",
     "EncodedDataset": "dataset",
     "Example": "sheet",
