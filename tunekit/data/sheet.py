@@ -1,96 +1,159 @@
-"""Preflight: every picture of a folder decoded once, every fault told at once, and what to know."""
+"""Preflight: every picture decoded once, every fault told at once, and what to know.
+
+`examine` reads and checks and keeps the faults among its findings; `preflight` refuses them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from tunekit.data.captions import fill
-from tunekit.data.images import decode, pixel_hash, plan_fit
-from tunekit.data.source import METADATA, DataError, Folder, Record, read_folder, stream
+from tunekit.data import buckets, checks, crops, masks, source
+from tunekit.data.captions import expand
+from tunekit.data.images import Picture, decode, pixel_hash
+from tunekit.data.measures import Measures, measure
+from tunekit.data.records import SEVERITIES, DataError, Example, Finding, Record
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
-    from tunekit.schema import Data
+    from PIL import Image
 
-MOST_ENLARGED = 8
+    from tunekit.data.buckets import Fit
+    from tunekit.schema_data import Data
 
+__all__ = ["DataError", "DataSheet", "Example", "Finding", "examine", "load_examples", "preflight"]
 
-@dataclass(frozen=True)
-class Example:
-    """A picture and its words, checked.
-
-    path: the file. name: its path inside the folder. caption: placeholders filled in.
-    origin: where the caption stands: "metadata.jsonl:3", "00.txt", or "template".
-    width, height: pixels after the EXIF orientation. pixels: sha256 of the decoded RGB pixels.
-    key: sha256 of pixels and caption: what the example is, whatever its file is called.
-    """
-
-    path: Path
-    name: str
-    caption: str
-    origin: str
-    width: int
-    height: int
-    pixels: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something to know about some pictures. severity: whether it may hurt the result."""
-
-    severity: Literal["note", "warning"]
-    text: str
-    names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        mark = "warning: " if self.severity == "warning" else ""
-        return f"{mark}{self.text}: {', '.join(self.names)}" if self.names else mark + self.text
+MOST_NAMED = 40
+"""Pictures named after one remark in the summary; the others are counted."""
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """What a folder of pictures holds: what a run prints and its report shows.
+    """What the sources hold: what a run prints and its report shows.
 
-    resolution: edge in pixels the pictures are made, None where it was not asked.
-    examples: in the order of their names. notes: warnings first.
+    label: the sources as the user named them. data: the recipe's section. multiple: pixels, what
+    edges are multiples of. resolutions: edges in pixels, empty where none was asked. examples: in
+    the order of their names; looks: what was measured of each, in the same order. found: whatever
+    does not depend on the resolution.
     """
 
-    folder: Path
-    resolution: int | None
+    label: str
+    data: Data
+    multiple: int
+    resolutions: tuple[int, ...]
     examples: tuple[Example, ...]
-    notes: tuple[Note, ...]
+    looks: tuple[Measures, ...]
+    found: tuple[Finding, ...]
+
+    @property
+    def resolution(self) -> int | None:
+        """The first resolution, that of the samples; None where none was asked."""
+        return self.resolutions[0] if self.resolutions else None
+
+    @property
+    def folder(self) -> Path:
+        """The source as a path; of several sources, or of one on the Hub, only a name."""
+        return Path(self.label)
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """All there is to tell: errors, then warnings, then notes."""
+        found = list(self.found)
+        for resolution in self.resolutions:
+            found += checks.sizes(self.examples, self.data, resolution, self.multiple)
+        if self.resolutions:
+            found += checks.blurred(self.examples, self.looks, min(self.resolutions))
+        return tuple(sorted(dict.fromkeys(found), key=lambda f: SEVERITIES.index(f.severity)))
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What refuses training."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """Warnings and notes, warnings first."""
+        return tuple(finding for finding in self.findings if finding.severity != "error")
+
+    def check(self) -> DataSheet:
+        """Return the sheet itself. Raises DataError with every error, where there is one."""
+        if self.errors:
+            raise DataError(self.label, map(source.fault_line, self.errors))
+        return self
+
+    def fit(self, example: Example, resolution: int) -> Fit | None:
+        """Return an example's bucket and middle crop; None where it cannot be used."""
+        size = (example.width, example.height, resolution, self.data, self.multiple)
+        return None if buckets.faults(*size) else buckets.plan(*size)
+
+    def crops(self, example: Example, resolution: int) -> tuple[Fit, ...]:
+        """Return what of an example is trained on, each once; empty where it cannot be used.
+
+        The places of smart crops are found in the picture, which is decoded again for them.
+        """
+
+        def best(middle: Fit) -> float:
+            picture = decode(example.path, self.data.background)
+            settings = self.data.mask
+            mask = masks.of(settings, picture, example.mask) if settings else None
+            return crops.best_place(picture.image, mask, middle)
+
+        size, multiple = (example.width, example.height), self.multiple
+        if buckets.faults(*size, resolution, self.data, multiple):
+            return ()
+        found = crops.fits(*size, example.pixels, resolution, self.data, multiple, best)
+        return tuple(found)
+
+    def in_buckets(self, resolution: int) -> dict[tuple[int, int], int]:
+        """Return how many pictures each bucket's (width, height) has, most first."""
+        fits = [self.fit(example, resolution) for example in self.examples]
+        counts = Counter((fit.width, fit.height) for fit in fits if fit)
+        return dict(counts.most_common())
 
     def summary(self) -> list[str]:
         """Return the sheet as lines of text."""
+        return [self.headline(), *(told(note) for note in self.notes)]
+
+    def headline(self) -> str:
+        """Return the sheet in one line: how many pictures, of which sizes, made what."""
+        count = "1 picture" if len(self.examples) == 1 else f"{len(self.examples):,} pictures"
+        if not self.examples:
+            return f"{self.label}: no picture that can be used"
         sizes = sorted({(e.width, e.height) for e in self.examples}, key=lambda s: s[0] * s[1])
         span = " to ".join(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])[: len(sizes)])
-        count = "1 picture" if len(self.examples) == 1 else f"{len(self.examples)} pictures"
-        made = f", made {self.resolution}x{self.resolution}" if self.resolution else ""
-        return [f"{self.folder}: {count} of {span}{made}", *(str(note) for note in self.notes)]
+        made = " and ".join(self._made(resolution) for resolution in self.resolutions)
+        return f"{self.label}: {count} of {span}" + (f", made {made}" if made else "")
+
+    def _made(self, resolution: int) -> str:
+        if self.data.buckets is None:
+            return f"{resolution}x{resolution}"
+        try:
+            counts = self.in_buckets(resolution)
+        except UserError:  # impossible buckets: told as an error
+            return f"about {resolution}x{resolution}"
+        listed = [f"{w}x{h} ({n})" for (w, h), n in list(counts.items())[:6]]
+        more = f" and {len(counts) - 6} more buckets" if len(counts) > 6 else ""
+        return ", ".join(listed) + more
 
     def at(self, resolution: int) -> DataSheet:
         """Return a sheet that was made without a resolution for one; nothing is decoded again.
 
-        resolution: edge in pixels the pictures will have. Raises DataError for pictures that are
-        far too small for it.
+        resolution: edge in pixels the pictures will have. Raises DataError for pictures that
+        cannot be used at it.
         """
         if self.resolution == resolution:
             return self
-        assert self.resolution is None
-        if faults := _too_small(self.examples, resolution):
-            raise DataError(self.folder, faults)
-        notes = [*self.notes, *_size_notes(self.examples, resolution)]
-        return replace(self, resolution=resolution, notes=_sorted(notes))
+        assert not self.resolutions
+        return replace(self, resolutions=(resolution,)).check()
 
     def caption_sources(self) -> dict[str, int]:
-        """Return how many captions are from "metadata.jsonl", ".txt files" and "the template"."""
-        return dict(Counter(_source(example) for example in self.examples))
+        """Return how many captions are from "metadata.jsonl", ".txt files", "the template" ..."""
+        return dict(Counter(checks.origin_kind(example.origin) for example in self.examples))
 
     def with_cut_captions(self, cut_words: Callable[[str], str]) -> DataSheet:
         """Return the sheet with a warning for captions longer than the text encoder reads.
@@ -98,42 +161,92 @@ class DataSheet:
         cut_words: a caption -> the end of it that is never read, "" where all is read. Asked here
         because conditioning found in the cache was cut long ago, and nobody would say so.
         """
-        cut = [(example.name, cut_words(example.caption)) for example in self.examples]
-        names = tuple(f'{name} ("{words}")' for name, words in cut if words)
-        note = Note("warning", "the text encoder never reads the end of the caption", names)
-        return replace(self, notes=(note, *self.notes)) if names else self
+        cut = checks.cut_captions(self.examples, cut_words)
+        return replace(self, found=(*cut, *self.found)) if cut else self
 
 
-def preflight(data: Data, resolution: int | None = None, *, folder: str | None = None) -> DataSheet:
-    """Read and check `data.source` (or `folder`, such as `data.holdout`).
+def told(finding: Finding, most: int = MOST_NAMED) -> str:
+    """Return a finding as a line that names at most `most` pictures and counts the others."""
+    hidden = len(finding.names) - most
+    if hidden <= 0:
+        return str(finding)
+    return str(replace(finding, names=(*finding.names[:most], f"and {hidden:,} more")))
+
+
+def examine(
+    data: Data,
+    resolution: int | None = None,
+    *,
+    multiple: int = 8,
+    folder: str | None = None,
+    cut_words: Callable[[str], str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataSheet:
+    """Read and check `data`'s sources, or the held-out pictures in `folder`; errors are findings.
 
     resolution: edge in pixels the pictures will have; default `data.resolution`. With neither,
-    nothing is said about enlarging and cutting.
-    Raises DataError with every fault of every file, and UserError where there are no pictures or
-    the caption template is wrong.
+    nothing is said about enlarging and cutting. multiple: what edges must be multiples of, pixels.
+    cut_words: as for `DataSheet.with_cut_captions`. progress: told (pictures done, in all).
+    Pictures in `folder` are only looked at: they need no masks and may be enlarged.
     """
-    size = resolution or data.resolution
-    template = fill(data.caption, data.trigger, data.class_noun)
-    found = read_folder(Path(folder or data.source))
-    faults = list(found.faults)
-    remarks: dict[str, list[str]] = {}
-    examples = []
-    for record in stream(found.records()):
+    from tunekit.schema_source import Pictures
+
+    wanted = (resolution,) if resolution else data.resolutions
+    sources = data.sources
+    if folder is not None:
+        sources = (Pictures(path=folder),)
+        data = data.model_copy(update={"mask": None, "upscale": True})
+    read = source.read(sources, mask=data.mask is not None and data.mask.source == "files")
+    found, remarks = list(read.findings), dict[str, list[str]]()
+    if folder is not None:
+        found = [_unneeded(f) if f.code == "mask-unused" else f for f in found]
+    examples, looks = [], []
+    for done, record in enumerate(source.stream(read.records) if read.records else (), 1):
         try:
-            examples.append(_example(record, data, template, remarks))
-        except UserError as error:
-            faults.append(f"{record['name']}: {error}")
-    faults += _too_small(examples, size) if size else []
-    if faults:
-        raise DataError(found.root, faults)
-    notes = [Note("note", text, tuple(names)) for text, names in remarks.items()]
-    notes += _caption_notes(found, examples, data) + _twins(examples)
-    sheet = DataSheet(found.root, None, tuple(examples), _sorted(notes))
-    return sheet.at(size) if size else sheet
+            example, look = _example(record, data, wanted, multiple, remarks)
+        except _FaultError as fault:
+            found.append(fault.finding)
+        else:
+            examples.append(example)
+            looks.append(look)
+        if progress:
+            progress(done, len(read.records))
+    found += [Finding("note", "converted", text, tuple(names)) for text, names in remarks.items()]
+    found += checks.words(examples, data)
+    if cut_words:
+        found += checks.cut_captions(examples, cut_words)
+    found += checks.blank(examples, looks) + checks.duplicates(examples, looks)
+    if data.mask:
+        found += checks.masks(examples, looks, data.mask)
+    else:
+        found += checks.background(examples, looks)
+    return DataSheet(
+        read.label, data, multiple, wanted, tuple(examples), tuple(looks), tuple(found)
+    )
+
+
+def preflight(
+    data: Data,
+    resolution: int | None = None,
+    *,
+    multiple: int = 8,
+    folder: str | None = None,
+    cut_words: Callable[[str], str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataSheet:
+    """Do what `examine` does. Raises DataError with every fault of every file, if there is one."""
+    return examine(
+        data,
+        resolution,
+        multiple=multiple,
+        folder=folder,
+        cut_words=cut_words,
+        progress=progress,
+    ).check()
 
 
 def load_examples(data: Data) -> list[Example]:
-    """Return the checked examples of `data.source`. Raises as preflight does."""
+    """Return the checked examples of `data`'s sources. Raises as preflight does."""
     return list(preflight(data).examples)
 
 
@@ -143,92 +256,78 @@ def shared_pictures(one: DataSheet, other: DataSheet) -> list[tuple[str, str]]:
     return [(names[e.pixels], e.name) for e in other.examples if e.pixels in names]
 
 
-def _source(example: Example) -> str:
-    if example.origin == "template":
-        return "the template"
-    return METADATA if example.origin.startswith(f"{METADATA}:") else ".txt files"
+def _unneeded(masks: Finding) -> Finding:
+    return Finding("note", masks.code, "masks, which held-out pictures do not need", masks.names)
 
 
-def _example(record: Record, data: Data, template: str, remarks: dict[str, list[str]]) -> Example:
-    path, name, text = Path(record["image"]["path"]), record["name"], record["text"]
-    picture = decode(path)
-    for remark in picture.notes:
-        remarks.setdefault(remark, []).append(name)
-    width, height = picture.image.size
+class _FaultError(UserError):
+    """A record that gives no example, with the error that says so."""
+
+    def __init__(self, code: str, text: str, name: str) -> None:
+        super().__init__(text)
+        self.finding = Finding("error", code, text, (name,))
+
+
+def _example(
+    record: Record, data: Data, wanted: Sequence[int], multiple: int, remarks: dict[str, list[str]]
+) -> tuple[Example, Measures]:
+    """Decode a record's picture, once, and say what it is. Raises _FaultError."""
     try:
-        caption = template if text is None else fill(text, data.trigger, data.class_noun)
+        picture = decode(record.path, data.background)
     except UserError as error:
-        raise UserError(f"caption in {record['origin']}: {error}") from None
+        raise _FaultError("broken", str(error), record.name) from error
+    for remark in picture.notes:
+        remarks.setdefault(remark, []).append(record.name)
+    try:
+        captions = expand(record.captions, data)
+    except UserError as error:
+        text = f"caption in {record.origin}: {error}"
+        raise _FaultError("caption", text, record.name) from error
+    width, height = picture.image.size
     pixels = pixel_hash(picture.image)
-    key = hashlib.sha256(f"{pixels}\n{caption}".encode()).hexdigest()
-    return Example(path, name, caption, record["origin"], width, height, pixels, key)
+    mask = _mask(record, picture, data)
+    example = Example(
+        path=record.path,
+        name=record.name,
+        captions=captions,
+        origin=record.origin,
+        width=width,
+        height=height,
+        pixels=pixels,
+        key=hashlib.sha256("\n".join([pixels, *captions]).encode()).hexdigest(),
+        repeats=record.repeats,
+        weight=record.weight,
+        mask=record.mask,
+        mask_pixels=masks.digest(mask) if mask else "",
+    )
+    if mask:
+        _check_mask(example, picture, mask, data, wanted, multiple)
+    return example, measure(picture.image, masks.coverage(mask) if mask else None)
 
 
-def _caption_notes(found: Folder, examples: Sequence[Example], data: Data) -> list[Note]:
-    notes = []
-    from_template = [e.name for e in examples if e.origin == "template"]
-    if len(from_template) == len(examples):
-        filled = examples[0].caption
-        notes.append(Note("note", f'captions: all "{filled}", from the template', ()))
-    elif from_template:
-        text = f'no caption file, so the template "{data.caption}" captions them'
-        notes.append(Note("warning", text, tuple(from_template)))
-    for source, count in Counter(map(_source, examples)).items():
-        if source != "the template":
-            notes.append(Note("note", f"captions: {count} from {source}", ()))
-    if found.joined:
-        notes.append(Note("note", "several lines joined to one caption", tuple(found.joined)))
-    without = [e.name for e in examples if data.trigger.lower() not in e.caption.lower()]
-    if without:
-        text = f'the caption does not say "{data.trigger}", so it does not teach the trigger'
-        notes.append(Note("warning", text, tuple(without)))
-    if found.unused_columns:
-        columns = tuple(sorted(found.unused_columns))
-        notes.append(Note("note", "columns of metadata.jsonl that are not used", columns))
-    if found.aside:
-        notes.append(Note("note", "not pictures and left aside", tuple(sorted(found.aside))))
-    return notes
+def _mask(record: Record, picture: Picture, data: Data) -> Image.Image | None:
+    try:
+        return masks.of(data.mask, picture, record.mask) if data.mask else None
+    except UserError as error:
+        text = f"its mask {record.mask and record.mask.name}: {error}"
+        raise _FaultError("mask", text, record.name) from error
 
 
-def _twins(examples: Sequence[Example]) -> list[Note]:
-    by_pixels: dict[str, list[str]] = {}
-    for example in examples:
-        by_pixels.setdefault(example.pixels, []).append(example.name)
-    return [
-        Note(
-            "warning", f"the same picture {len(names)} times, seen that much oftener", tuple(names)
-        )
-        for names in by_pixels.values()
-        if len(names) > 1
-    ]
-
-
-def _too_small(examples: Sequence[Example], resolution: int) -> list[str]:
-    return [
-        f"{e.name}: {e.width}x{e.height} would be enlarged more than {MOST_ENLARGED} times for a "
-        f"resolution of {resolution}; take a larger picture or lower data.resolution"
-        for e in examples
-        if min(e.width, e.height) * MOST_ENLARGED < resolution
-    ]
-
-
-def _size_notes(examples: Sequence[Example], resolution: int) -> list[Note]:
-    enlarged, cut = [], []
-    for e in examples:
-        scale = plan_fit(e.width, e.height, resolution).scale
-        lost = 1 - min(e.width, e.height) / max(e.width, e.height)
-        if scale > 1:
-            enlarged.append(f"{e.name} ({e.width}x{e.height}, {scale:.2f}x)")
-        if lost:
-            cut.append(f"{e.name} ({e.width}x{e.height}, {lost:.0%})")
-    notes = []
-    if enlarged:
-        text = f"smaller than {resolution} pixels and enlarged, which teaches blur"
-        notes.append(Note("warning", text, tuple(enlarged)))
-    if cut:
-        notes.append(Note("note", "not square, so this much is cut off", tuple(cut)))
-    return notes
-
-
-def _sorted(notes: Iterable[Note]) -> tuple[Note, ...]:
-    return tuple(sorted(notes, key=lambda note: note.severity != "warning"))
+def _check_mask(
+    example: Example,
+    picture: Picture,
+    mask: Image.Image,
+    data: Data,
+    wanted: Sequence[int],
+    multiple: int,
+) -> None:
+    """Raise _FaultError for a mask of another size, all black, or outside of every crop."""
+    assert data.mask is not None
+    size, fits = (example.width, example.height), []
+    if mask.size == size:  # else nothing can be said of crops
+        for resolution in wanted:
+            if not buckets.faults(*size, resolution, data, multiple):
+                best = partial(crops.best_place, picture.image, mask)
+                fits += crops.fits(*size, example.pixels, resolution, data, multiple, best)
+    if fault := masks.check(mask, *size, data.mask, fits):
+        raise _FaultError("mask", fault, example.name)
