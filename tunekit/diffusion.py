@@ -117,7 +117,19 @@ def loss_weights(
     return capped / (ratio + 1) if schedule.prediction_type == "v_prediction" else capped
 
 
-def sample_losses(prediction: Tensor, wanted: Tensor) -> Tensor:
-    """Return each sample's mean squared error in float32: [B, ...] and [B, ...] -> [B]."""
+def sample_losses(prediction: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return each sample's mean squared error in float32: [B, ...] and [B, ...] -> [B].
+
+    mask: [B, 1, ...] weights >= 0 of the places, the same for all channels; the mean is then the
+    weighted one, sum(w e^2) / sum(w), so that a small subject counts as much as a large one. No
+    sample's weights may all be 0.
+    """
     assert prediction.shape == wanted.shape, (prediction.shape, wanted.shape)
-    return (prediction.float() - wanted.float()).square().flatten(1).mean(dim=1)
+    squares = (prediction.float() - wanted.float()).square()
+    if mask is None:
+        return squares.flatten(1).mean(dim=1)
+    assert mask.shape == (len(squares), 1, *squares.shape[2:]), (mask.shape, squares.shape)
+    weights = mask.float()
+    # The mean over channels first: every channel has the same weights.
+    total = (weights * squares.mean(dim=1, keepdim=True)).flatten(1).sum(dim=1)
+    return total / weights.flatten(1).sum(dim=1)

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from tunekit.families.base import Conditioning, Family
     from tunekit.schema import Train
 
-Batches = Callable[[int, int], "Batch"]
-"""(step, micro) -> the pictures of that micro-batch; both count from 0."""
+Batches = Callable[[int, int], "Batch | Sequence[Batch]"]
+"""(step, micro) -> the pictures of that micro-batch, beside which may stand batches of the class
+(`Batch.prior`); both count from 0."""
 Encode = Callable[[Sequence[str]], "Conditioning"]
 
 # fp16 gradients overflow now and then, and the scaler answers with a smaller scale. Below this
@@ -56,7 +57,7 @@ class StepRecord:
     steps: int
     """Steps in all."""
     loss: float
-    """Weighted mean squared error over the step's pictures, before the step."""
+    """Weighted mean squared error over the step's pictures of the subject, before the step."""
     lr: float
     """The denoiser's learning rate in this step."""
     grad_norm: float
@@ -68,6 +69,26 @@ class StepRecord:
     """Wall time of this step."""
     skipped: bool = False
     """Whether an fp16 overflow kept this step from being taken (the loss scale was lowered)."""
+    prior_loss: float | None = None
+    """The same over the pictures of the class, with their weight: what they add to what is
+    minimised. None without any."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass. first: its first picture's place among the step's of its kind (subject or
+    prior). total: how many of its kind the step has. timesteps: [B]."""
+
+    batch: Batch
+    micro: int
+    first: int
+    total: int
+    timesteps: Tensor
+
+    @property
+    def kind(self) -> str:
+        """Put before a purpose: pictures of the class never change the subject's draws."""
+        return "prior " if self.batch.prior else ""
 
 
 def train(
@@ -122,74 +143,100 @@ class Loop:
             yield record
 
     def _step(self, step: int, batches: Batches, began: float) -> StepRecord:
-        micros = [batches(step, m) for m in range(self.settings.gradient_accumulation)]
-        total = sum(len(batch.names) for batch in micros)
+        passes = self._passes(step, batches)
         lr = self._set_rates(step)
-        timesteps = diffusion.sample_timesteps(
-            self.family.schedule, total, self._generator("timesteps", step)
-        )
-        loss, seen = 0.0, 0
-        for number, batch in enumerate(micros):
-            own = timesteps[seen : seen + len(batch.names)]
-            with self._reproducible(step, number):
-                losses = self._losses(batch, own, step, seen)
-                self._refuse_losses(losses, batch, own, step)
-                # The mean over the whole step, whatever the sizes of its parts.
-                part = losses.sum() / total
+        losses = {False: 0.0, True: 0.0}
+        for one in passes:
+            with self._reproducible(step, one):
+                each = self._losses(one, step)
+                self._refuse_losses(each, one, step)
+                # The mean over the whole step, whatever the sizes of its parts; the pictures of
+                # the class have a mean of their own, beside that of the subject.
+                part = each.sum() / one.total
                 self.accelerator.backward(part)
-            loss += part.item()
-            seen += len(batch.names)
+            losses[one.batch.prior] += part.item()
         norm = self._clip()
         skipped = not math.isfinite(norm)
         if skipped:
-            self._refuse_gradient(norm, micros, timesteps, step)
+            self._refuse_gradient(norm, passes, step)
         self._stepper.step()  # where the gradient overflowed, the scaler takes none and adapts
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step + 1,
             steps=self.settings.steps,
-            loss=loss,
+            loss=losses[False],
             lr=lr,
             grad_norm=norm,
-            images_per_second=total / seconds,
+            images_per_second=sum(len(one.batch.names) for one in passes) / seconds,
             memory_bytes=peak_memory(self.family.device),
             seconds=seconds,
             skipped=skipped,
+            prior_loss=losses[True] if any(one.batch.prior for one in passes) else None,
         )
 
-    def _losses(self, batch: Batch, timesteps: Tensor, step: int, first: int) -> Tensor:
-        """Return the weighted loss of each picture, [B]; `first` is the first one's place."""
-        family, settings = self.family, self.settings
+    def _passes(self, step: int, batches: Batches) -> list[_Pass]:
+        """Ask for a step's batches and give each its share of the step's timesteps."""
+        asked: list[tuple[int, Batch]] = []
+        for micro in range(self.settings.gradient_accumulation):
+            given = batches(step, micro)
+            parts = given if isinstance(given, Sequence) else [given]
+            asked += [(micro, batch) for batch in parts]
+        total = {False: 0, True: 0}
+        for _, batch in asked:
+            total[batch.prior] += len(batch.names)
+        assert total[False], "a step without pictures of the subject"
+        drawn = {
+            prior: diffusion.sample_timesteps(
+                self.family.schedule, total[prior], self._generator(purpose, step)
+            )
+            for prior, purpose in ((False, "timesteps"), (True, "prior timesteps"))
+        }
+        seen = {False: 0, True: 0}
+        passes = []
+        for micro, batch in asked:
+            first = seen[batch.prior]
+            seen[batch.prior] += len(batch.names)
+            own = drawn[batch.prior][first : seen[batch.prior]]
+            passes.append(_Pass(batch, micro, first, total[batch.prior], own))
+        return passes
+
+    def _losses(self, one: _Pass, step: int) -> Tensor:
+        """Return the weighted loss of each picture, [B]."""
+        family, settings, batch = self.family, self.settings, one.batch
         latents = batch.latents.to(family.device, torch.float32)
         # Drawn picture by picture and on the CPU: the same whatever the batch and the device.
         noise = torch.stack(
             [
                 diffusion.sample_noise(
                     tuple(latents.shape[1:]),
-                    self._generator(f"noise/{first + i}", step),
+                    self._generator(f"{one.kind}noise/{one.first + i}", step),
                     settings.noise_offset,
                 )
                 for i in range(len(latents))
             ]
         ).to(family.device)
-        timesteps = timesteps.to(family.device)
+        timesteps = one.timesteps.to(family.device)
         noisy = diffusion.add_noise(family.schedule, latents, noise, timesteps)
         with self.accelerator.autocast():
             conditioning = self._encode(batch.captions) if self._encode else batch.conditioning
             prediction = family.predict(noisy, timesteps, conditioning)
         wanted = diffusion.target(family.schedule, latents, noise, timesteps)
         weights = diffusion.loss_weights(family.schedule, timesteps, settings.min_snr_gamma)
-        return weights * diffusion.sample_losses(prediction, wanted)
+        if batch.weights is not None:
+            weights = weights * batch.weights.to(family.device)
+        mask = batch.mask.to(family.device) if batch.mask is not None else None
+        return weights * diffusion.sample_losses(prediction, wanted, mask)
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         return seeding.generator(self.settings.seed, purpose, step)
 
     @contextlib.contextmanager
-    def _reproducible(self, step: int, micro: int) -> Iterator[None]:
+    def _reproducible(self, step: int, one: _Pass) -> Iterator[None]:
         """Give layers that draw from torch's global stream (dropout) numbers of this step alone."""
         device = self.family.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seeding.derive(self.settings.seed, f"layers/{micro}", step))
+            purpose = f"{one.kind}layers/{one.micro}"
+            torch.manual_seed(seeding.derive(self.settings.seed, purpose, step))
             yield
 
     def _clip(self) -> float:
@@ -199,26 +246,26 @@ class Loop:
         assert norm is not None
         return float(norm)
 
-    def _refuse_losses(self, losses: Tensor, batch: Batch, timesteps: Tensor, step: int) -> None:
+    def _refuse_losses(self, losses: Tensor, one: _Pass, step: int) -> None:
         bad = [i for i, value in enumerate(losses.detach().tolist()) if not math.isfinite(value)]
         if not bad:
             return
-        names = [batch.names[i] for i in bad]
-        pictures = _join(f"{batch.names[i]} (timestep {int(timesteps[i])})" for i in bad)
+        names = [one.batch.names[i] for i in bad]
+        pictures = _join(f"{one.batch.names[i]} (timestep {int(one.timesteps[i])})" for i in bad)
         self._refuse(f"the loss is {losses[bad[0]].item()}", pictures, names, step)
 
-    def _refuse_gradient(
-        self, norm: float, micros: Sequence[Batch], timesteps: Tensor, step: int
-    ) -> None:
+    def _refuse_gradient(self, norm: float, passes: Sequence[_Pass], step: int) -> None:
         """Stop, unless this is fp16's scale growing too large, which the scaler corrects."""
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() > _LOWEST_SCALE:
             return
-        names = [name for batch in micros for name in batch.names]
-        pictures = _join(
-            f"{name} (timestep {int(t)})" for name, t in zip(names, timesteps, strict=True)
-        )
-        self._refuse(f"the gradient's norm is {norm}", pictures, names, step)
+        seen = [
+            (name, int(t))
+            for one in passes
+            for name, t in zip(one.batch.names, one.timesteps, strict=True)
+        ]
+        pictures = _join(f"{name} (timestep {t})" for name, t in seen)
+        self._refuse(f"the gradient's norm is {norm}", pictures, [name for name, _ in seen], step)
 
     def _refuse(self, what: str, pictures: str, names: Sequence[str], step: int) -> None:
         settings = self.settings

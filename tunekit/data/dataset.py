@@ -1,49 +1,45 @@
 """Encoded pictures and words, and batches of them that depend on (seed, step, micro) alone.
 
-The visits. All positions of a run stand in one row: step after step, micro-batch after
-micro-batch, picture after picture. Cut into pieces as long as the data, each piece is an epoch: a
-seeded permutation of the pictures. So at any moment no picture was seen more than once oftener
-than another, a batch may lie across two epochs, and a resumed run needs no saved position.
-
-The order is one of contents: renaming files or listing them otherwise changes nothing.
+Which pictures stand in which batch is said in `visits.py`, what the words of a visit are in
+`captions.py`. The order is one of contents: renaming files or listing them otherwise changes
+nothing.
 
 The variants. What the VAE sees is encoded once, so crops and flips are a few fixed variants, each
-cached: the middle, or with random crops four places (one in each quarter of what the long side
-has to spare, drawn from the picture's content), times two with flips. A picture goes through all
-its variants, in an order drawn from (seed, key), before it sees one again: exactly half of its
-visits are mirrored. Caption dropout is drawn from (seed, visit, key).
+cached (`crops.py`); flips double them. A picture goes through all its variants, in an order drawn
+from (seed, key), before it sees one again: exactly half of its visits are mirrored. Its mask has
+the same variants, so the two cannot come apart.
+
+Tensors stay in the cache on disk; the most recently used are kept in memory, up to 64 MB.
 """
 
 from __future__ import annotations
 
-import random
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from tunekit.data.cache import Cache, content_key
-from tunekit.data.images import (
-    Fit,
-    PictureError,
-    apply_fit,
-    decode,
-    pixel_hash,
-    plan_fit,
-    to_pixels,
+from tunekit.data import captions
+from tunekit.data.cache import Cache, Entry
+from tunekit.data.encode import (
+    EncodeImage,
+    EncodePrompt,
+    Item,
+    Stage,
+    encode_pictures,
+    encode_texts,
+    no_stage,
 )
-from tunekit.errors import UserError
-from tunekit.seeding import derive, generator
+from tunekit.data.visits import Visit, Visits, variant
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
-    from tunekit.data.sheet import Example
-    from tunekit.schema import Data
+    from tunekit.data.records import Example
+    from tunekit.schema_data import Data
+    from tunekit.schema_source import Captions
 
-RANDOM_CROPS = 4
-_TRANSFORM = "crop square, Lanczos, -1..1"  # part of the key: change it with the pixels' way
+IN_MEMORY = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -52,39 +48,40 @@ class Batch:
 
     latents: [B, C, h, w] as `encode_image` gave them. conditioning: each [B, ...] as
     `encode_prompt` gave it, empty where the text encoder trains and reads `captions` itself.
-    names: files, for messages. captions: as trained, "" where dropped.
+    names: files, for messages. captions: as trained, "" where dropped. weights: [B] float32 above
+    0, factors of the pictures' losses; None: all 1. mask: [B, 1, h, w] float32 in 0..1, weights of
+    the loss on the latent grid, of which no picture's are all 0; None: all 1. prior: whether these
+    are pictures of the class, trained beside those of the subject.
     """
 
     latents: Tensor
     conditioning: dict[str, Tensor]
     names: tuple[str, ...]
     captions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """An example bound to its own latents, a [C, h, w] for each variant."""
-
-    example: Example
-    latents: tuple[Tensor, ...]
+    weights: Tensor | None = None
+    mask: Tensor | None = None
+    prior: bool = False
 
 
 class EncodedDataset:
-    """Examples with their latents and conditioning, held in memory. Made by `encode`."""
+    """Pictures and words whose tensors are in the cache. Made by `encode`; can be pickled."""
 
     def __init__(
         self,
-        encoded: Sequence[_Encoded],
-        conditioning: Mapping[str, Mapping[str, Tensor]],
+        items: Sequence[Item],
+        conditioning: Mapping[str, Entry] | None,
         *,
         seed: int,
-        caption_dropout: float,
+        settings: Captions,
     ) -> None:
-        assert encoded
-        self._encoded = sorted(encoded, key=lambda e: (e.example.key, e.example.name))
+        """Take items in any order; conditioning by text, None where batches carry captions only."""
+        assert items
+        self.items = tuple(sorted(items, key=lambda item: (item.key, item.example.name)))
         self._conditioning = conditioning
         self._seed = seed
-        self._dropout = caption_dropout
+        self._settings = settings
+        self._visits: dict[int, Visits] = {}
+        self._recent = _Recent(IN_MEMORY)
 
     @classmethod
     def encode(
@@ -92,180 +89,182 @@ class EncodedDataset:
         examples: Sequence[Example],
         data: Data,
         *,
-        resolution: int,
+        resolution: int | Sequence[int],
         seed: int,
-        encode_image: Callable[[Tensor], Tensor],
+        encode_image: EncodeImage,
         image_fingerprint: str,
-        encode_prompt: Callable[[list[str]], Mapping[str, Tensor]] | None,
+        encode_prompt: EncodePrompt | None,
         text_fingerprint: str = "",
+        multiple: int = 8,
+        batch_size: int = 1,
+        batches: int = 0,
         cache: Cache | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        stage: Stage = no_stage,
     ) -> EncodedDataset:
-        """Encode every variant of every picture, and every caption, or find them in the cache.
+        """Encode every variant of every picture, and every text, or find them in the cache.
 
-        One at a time, so that no result depends on its neighbours in a batch.
-
-        resolution: edge in pixels. encode_image: [1, 3, H, W] float32 in -1..1 on the CPU ->
-        [1, C, h, w] on any device. encode_prompt: one caption in a list -> conditioning, each
-        [1, ...]; None where the text encoder trains, and batches then carry captions only.
-        Fingerprints: a text that changes with anything that decides the function's result
-        (`cache.fingerprint` of the weights). progress: told (pictures done, pictures in all).
-        Raises UserError for a picture that changed since its preflight and for results that are
-        not finite.
+        resolution: one edge in pixels, or several: each picture at each of them. encode_image,
+        image_fingerprint, multiple: as for `encode_pictures`. encode_prompt, text_fingerprint: as
+        for `encode_texts`; None where the text encoder trains, and batches then carry captions
+        only. batches, batch_size: how far the run goes and in batches of which size; where
+        captions are shuffled there is no end of texts, and those of these batches are encoded.
+        stage: opens "pictures" and then "captions". Raises UserError as these two do.
         """
         cache = cache or Cache()
-        encoded = []
-        for done, example in enumerate(examples, 1):
-            latents = _latents(example, data, resolution, encode_image, image_fingerprint, cache)
-            encoded.append(_Encoded(example, latents))
-            if progress:
-                progress(done, len(examples))
-        conditioning = {}
-        if encode_prompt:
-            captions = {example.caption for example in examples}
-            for caption in sorted(captions | ({""} if data.caption_dropout else set())):
-                conditioning[caption] = _words(caption, encode_prompt, text_fingerprint, cache)
-        return cls(encoded, conditioning, seed=seed, caption_dropout=data.caption_dropout)
+        items = encode_pictures(
+            examples,
+            data,
+            resolutions=(resolution,) if isinstance(resolution, int) else tuple(resolution),
+            multiple=multiple,
+            encode_image=encode_image,
+            image_fingerprint=image_fingerprint,
+            cache=cache,
+            stage=stage,
+        )
+        made = cls(items, None, seed=seed, settings=data.captions)
+        if encode_prompt is not None:
+            made._conditioning = encode_texts(
+                made.texts(batch_size, batches),
+                encode_prompt=encode_prompt,
+                text_fingerprint=text_fingerprint,
+                cache=cache,
+                stage=stage,
+            )
+        cache.flush()
+        return made
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self._encoded)
+        """Return the number of items: of pictures, times the resolutions."""
+        return len(self.items)
 
-    def batch(self, step: int, micro: int, batch_size: int, micros: int = 1) -> Batch:
+    def visits(self, batch_size: int) -> Visits:
+        """Return the row of batches of this size."""
+        if batch_size not in self._visits:
+            self._visits[batch_size] = Visits(
+                [item.bucket for item in self.items],
+                [item.example.repeats for item in self.items],
+                seed=self._seed,
+                batch_size=batch_size,
+            )
+        return self._visits[batch_size]
+
+    def texts(self, batch_size: int, batches: int) -> set[str]:
+        """Return every text that the first `batches` of this size can be trained with.
+
+        Where they do not hang on the visits it is all there can be, whatever the batches.
+        """
+        found: set[str] = set()
+        open_ended = set()
+        for number, item in enumerate(self.items):
+            texts = captions.all_texts(item.example.captions, self._settings)
+            found |= texts or frozenset()
+            if texts is None:
+                open_ended.add(number)
+        row = self.visits(batch_size)
+        for place in range(batches if open_ended else 0):
+            found |= {self._caption(v) for v in row.at(place) if v.item in open_ended}
+        return found
+
+    def batch(
+        self,
+        step: int,
+        micro: int,
+        batch_size: int,
+        micros: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Batch:
         """Return the pictures of one forward pass: the same for the same arguments and seed.
 
         step: from 0. micro: which of the step's `micros` forward passes (gradient accumulation),
-        from 0. batch_size: B, may exceed the number of pictures.
+        from 0. batch_size: B, may exceed the number of pictures. rank: which of `ranks` machines
+        that share the step, from 0. Raises UserError where the cache lost an entry.
         """
         import torch
 
-        assert step >= 0
-        assert 0 <= micro < micros
-        first = (step * micros + micro) * batch_size
-        orders: dict[int, list[int]] = {}
-        rows, captions, latents = [], [], []
-        for position in range(first, first + batch_size):
-            visit, place = divmod(position, len(self._encoded))
-            if visit not in orders:
-                orders[visit] = self._order(visit)
-            row = self._encoded[orders[visit][place]]
-            rows.append(row)
-            latents.append(row.latents[self._variant(row, visit)])
-            captions.append(self._caption(row.example, visit))
-        words = [self._conditioning[caption] for caption in captions] if self._conditioning else []
-        parts = words[0].keys() if words else ()
+        row = self.visits(batch_size)
+        visits = row.at(row.of(step, micro, micros, rank, ranks))
+        items = [self.items[visit.item] for visit in visits]
+        shown = [
+            variant(self._seed, item.key, visit.number, len(item.latents))
+            for item, visit in zip(items, visits, strict=True)
+        ]
+        latents = torch.stack(
+            [
+                self._recent.read(item.latents[number])["latents"]
+                for item, number in zip(items, shown, strict=True)
+            ]
+        )
+        words = tuple(self._caption(visit) for visit in visits)
         return Batch(
-            latents=torch.stack(latents),
-            conditioning={part: torch.stack([word[part] for word in words]) for part in parts},
-            names=tuple(row.example.name for row in rows),
-            captions=tuple(captions),
+            latents=latents,
+            conditioning=self._conditions(words),
+            names=tuple(item.example.name for item in items),
+            captions=words,
+            weights=torch.tensor([item.example.weight for item in items], dtype=torch.float32),
+            mask=self._mask(items, shown, latents),
         )
 
-    def batches(self, batch_size: int, micros: int = 1) -> Callable[[int, int], Batch]:
+    def batches(
+        self, batch_size: int, micros: int = 1, rank: int = 0, ranks: int = 1
+    ) -> Callable[[int, int], Batch]:
         """Return ``(step, micro) -> Batch`` for a training loop of `micros` passes a step."""
-        return lambda step, micro: self.batch(step, micro, batch_size, micros)
+        return lambda step, micro: self.batch(step, micro, batch_size, micros, rank, ranks)
 
-    def _order(self, epoch: int) -> list[int]:
+    def _caption(self, visit: Visit) -> str:
+        item = self.items[visit.item]
+        return captions.at_visit(
+            item.example.captions, self._settings, self._seed, item.key, visit.number
+        )
+
+    def _conditions(self, words: Sequence[str]) -> dict[str, Tensor]:
         import torch
 
-        draw = generator(self._seed, "data order", epoch)
-        order: list[int] = torch.randperm(len(self._encoded), generator=draw).tolist()
-        return order
+        if self._conditioning is None:
+            return {}
+        known = self._conditioning
+        unknown = [text for text in words if text not in known]
+        assert not unknown, f"{unknown[0]!r} was not encoded: a batch beyond those named to encode"
+        read = [self._recent.read(known[text]) for text in words]
+        return {part: torch.stack([one[part] for one in read]) for part in read[0]}
 
-    def _variant(self, row: _Encoded, visit: int) -> int:
-        cycle, place = divmod(visit, len(row.latents))
-        order = list(range(len(row.latents)))
-        random.Random(derive(self._seed, f"data variant {row.example.key}", cycle)).shuffle(order)
-        return order[place]
+    def _mask(self, items: Sequence[Item], shown: Sequence[int], latents: Tensor) -> Tensor | None:
+        import torch
 
-    def _caption(self, example: Example, visit: int) -> str:
-        drawn = derive(self._seed, f"data caption dropout {example.key}", visit) / 2**63
-        return "" if drawn < self._dropout else example.caption
-
-
-def crops(example: Example, resolution: int, crop: str) -> list[Fit]:
-    """Return the squares of a picture that are trained on, each once; see this module's page."""
-    if crop == "center":
-        return [plan_fit(example.width, example.height, resolution)]
-    assert crop == "random"
-    places = [
-        (variant + derive(0, f"crop {example.pixels}", variant) / 2**63) / RANDOM_CROPS
-        for variant in range(RANDOM_CROPS)
-    ]
-    plans = [plan_fit(example.width, example.height, resolution, place) for place in places]
-    return list(dict.fromkeys(plans))  # a nearly square picture has fewer than four
+        if not any(item.masks for item in items):
+            return None
+        rows = []
+        for item, number in zip(items, shown, strict=True):
+            entry = item.masks[number]
+            # Without a mask all of a picture counts; the preflight has said so.
+            full = torch.ones(1, *latents.shape[-2:])
+            rows.append(full if entry is None else self._recent.read(entry)["weights"])
+        return torch.stack(rows)
 
 
-def _latents(
-    example: Example,
-    data: Data,
-    resolution: int,
-    encode_image: Callable[[Tensor], Tensor],
-    image_fingerprint: str,
-    cache: Cache,
-) -> tuple[Tensor, ...]:
-    opened: list[Image.Image] = []  # decoded only if some variant is not in the cache, and once
+class _Recent:
+    """The tensors read last, up to a number of bytes."""
 
-    def make(plan: Fit, flipped: bool) -> dict[str, Tensor]:
-        if not opened:
-            opened.append(_unchanged(example))
-        pixels = to_pixels(apply_fit(opened[0], plan)).unsqueeze(0)
-        pixels = pixels.flip(-1) if flipped else pixels
-        return _single(lambda: {"latents": encode_image(pixels)}, f"latents of {example.name}")
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._held: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    variants = []
-    for flipped in (False, True) if data.flip else (False,):
-        for plan in crops(example, resolution, data.crop):
-            key = content_key(
-                pixels=example.pixels,
-                transform=_TRANSFORM,
-                box=[plan.left, plan.top, plan.right, plan.bottom],
-                size=plan.size,
-                flipped=flipped,
-                vae=image_fingerprint,
-            )
-            entry = cache.fetch("latents", key, partial(make, plan, flipped))
-            variants.append(entry["latents"])
-    return tuple(variants)
+    def __reduce__(self) -> tuple[type[_Recent], tuple[int]]:
+        """Let a worker process start with none of them."""
+        return _Recent, (self._most,)
+
+    def read(self, entry: Entry) -> dict[str, Tensor]:
+        if entry.key in self._held:
+            self._held.move_to_end(entry.key)
+            return self._held[entry.key]
+        tensors = entry.read()
+        self._held[entry.key] = tensors
+        self._bytes += _size(tensors)
+        while self._bytes > self._most and len(self._held) > 1:
+            self._bytes -= _size(self._held.popitem(last=False)[1])
+        return tensors
 
 
-def _words(
-    caption: str,
-    encode_prompt: Callable[[list[str]], Mapping[str, Tensor]],
-    text_fingerprint: str,
-    cache: Cache,
-) -> dict[str, Tensor]:
-    key = content_key(caption=caption, text_encoder=text_fingerprint)
-    whose = f'conditioning of "{caption}"'
-    return cache.fetch(
-        "conditioning", key, lambda: _single(lambda: encode_prompt([caption]), whose)
-    )
-
-
-def _unchanged(example: Example) -> Image.Image:
-    """Decode an example again; its cache key says what it must be."""
-    try:
-        image = decode(example.path).image
-    except PictureError as error:
-        raise UserError(f"{example.path}: was there at the start, now {error}") from error
-    if pixel_hash(image) != example.pixels:
-        raise UserError(f"{example.path}: changed since the run checked it; start again")
-    return image
-
-
-def _single(encode: Callable[[], Mapping[str, Tensor]], whose: str) -> dict[str, Tensor]:
-    """Return what `encode` makes of one input, each [1, ...], without that first axis."""
-    import torch
-
-    with torch.no_grad():
-        made = dict(encode())
-    assert made
-    for name, tensor in made.items():
-        assert tensor.shape[0] == 1, f"{whose}: {name} is {tuple(tensor.shape)}"
-        # Kept in the cache, a NaN would come back in every later run.
-        if not bool(tensor.isfinite().all()):
-            raise UserError(
-                f"the {whose} are not finite (NaN or Inf): the model overflows in its number "
-                "format; set base.dtype to fp32 or bf16"
-            )
-    return {name: tensor[0] for name, tensor in made.items()}
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
