@@ -125,6 +125,24 @@ class TestRefusals:
         assert "1 weights are missing" in line
         assert component in line
 
+    @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+    def test_weights_without_a_place_are_not_dropped(self, folder: Path, component: str) -> None:
+        path = next((folder / component).glob("*.safetensors"))
+        tensors = load_file(path)
+        tensors["down_blocks.9.conv.weight"] = torch.zeros(2)
+        save_file(tensors, path, {"format": "pt"})
+        line = refusal(folder)
+        assert "no place for 1 of the weights, such as down_blocks.9.conv.weight" in line
+        assert component in line
+
+    def test_a_table_of_positions_is_no_weight(self, folder: Path) -> None:
+        """What older transformers saved among the weights of every Stable Diffusion."""
+        path = next((folder / "text_encoder").glob("*.safetensors"))
+        tensors = load_file(path)
+        tensors["text_model.embeddings.position_ids"] = torch.arange(4)
+        save_file(tensors, path, {"format": "pt"})
+        families.load(Base(model=str(folder)))
+
     def test_a_truncated_file(self, folder: Path) -> None:
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:-10])

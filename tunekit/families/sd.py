@@ -39,6 +39,8 @@ _CONVOLUTIONS = (
     r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)",
     r"(down|up)samplers\.0\.conv",
 )
+# A table of 0, 1, 2, ... that older transformers saved among the text encoder's weights.
+_HARMLESS = ("position_ids",)
 _TEXT_ATTENTION = (r"self_attn\.(q|k|v|out)_proj",)
 _TEXT_MLP = (r"mlp\.fc[12]",)
 # The key under which the hidden states travel, and the argument of the U-Net that takes them.
@@ -194,6 +196,14 @@ class StableDiffusion(Family):
     def cut_words(self, prompt: str) -> str:
         return _cut_words(self.tokenizer, prompt)
 
+    def tokenization(self) -> str:
+        tokenizer = self.tokenizer
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call asked for, not what the tokenizer is; the length stands beside it.
+        rules |= {"padding": None, "truncation": None}
+        told = [rules, tokenizer.model_max_length, tokenizer.special_tokens_map]
+        return json.dumps(told, sort_keys=True, default=str)
+
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = self.denoiser(
             noisy.to(self.device, self.dtype),
@@ -336,6 +346,12 @@ def _load(folder: ModelFolder, name: str, dtype: torch.dtype, variant: str | Non
         raise UserError(
             f"{folder.path / name}: {len(missing)} weights are missing, such as {missing[0]}; "
             "the folder is incomplete or was saved under names this version does not read"
+        )
+    # And drop weights that the configuration has no place for, such as whole blocks.
+    if unused := sorted(key for key in report["unexpected_keys"] if not key.endswith(_HARMLESS)):
+        raise UserError(
+            f"{folder.path / name}: its config.json has no place for {len(unused)} of the weights, "
+            f"such as {unused[0]}; configuration and weights do not belong together"
         )
     loaded: nn.Module = module
     return loaded
