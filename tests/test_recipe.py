@@ -624,3 +624,9 @@ def test_sources_of_pictures_are_found_from_the_recipe(folder: Path) -> None:
     assert [(part.path, part.repeats) for part in recipe.data.sources] == [
         ("pictures", 1), ("pictures", 3),
     ]  # fmt: skip
+
+
+def test_a_path_with_a_typing_error_is_not_taken_for_a_hub_id(folder: Path) -> None:
+    (folder / "models").mkdir()
+    (line,) = faults(GOOD.replace("model: model", "model: models/sd15"))
+    assert 'base.model: there is no folder "models/sd15"' in line

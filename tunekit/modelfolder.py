@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunekit import singlefile
+from tunekit import hub, singlefile
 from tunekit.errors import UserError, did_you_mean
 from tunekit.schema import BUNDLED
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from tunekit.schema import Base
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STEMS = "(diffusion_pytorch_model|model)"
 _DESCRIPTIONS = ["model_index.json", "*/config.json", "*/*_config.json"]
 _TEXTS = ["model_index.json", "*/*.json", "*/*.txt"]
@@ -101,7 +100,7 @@ class ModelFolder:
             return folder
         if names_file(base.model):
             return cls._of_file(base, path)
-        if not _HUB_ID.fullmatch(base.model):
+        if not hub.means_id(base.model):
             near = did_you_mean(base.model, [BUNDLED])
             raise UserError(
                 f"base.model: there is no folder {base.model}{near}; "

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunekit import schema
+from tunekit import hub, schema
 from tunekit.errors import did_you_mean
 from tunekit.modelfolder import names_file
 from tunekit.recipe_faults import extra, fields
 from tunekit.recipe_source import Fault, Key, Source
 
 _TABLES = (".parquet", ".tar")
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 def find_paths(source: Source, sections: Mapping[str, type[schema.Section]]) -> Iterator[Fault]:
@@ -101,7 +99,7 @@ def _exists(path: Path, kind: str) -> bool:
 def _may_be_remote(text: str) -> bool:
     if text == schema.BUNDLED:
         return True
-    return _HUB_ID.fullmatch(text) is not None and text[0] != "." and not names_file(text)
+    return hub.means_id(text) and not names_file(text)
 
 
 def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
@@ -112,7 +110,7 @@ def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
     if kind == "folder":
         return problem
     if kind == "pictures":
-        hub = f"; a dataset on the Hub is written dataset: {text}"
-        return problem + (hub if _HUB_ID.fullmatch(text) and text[0] != "." else "")
+        on_hub = f"; a dataset on the Hub is written dataset: {text}"
+        return problem + (on_hub if hub.is_id(text) else "")
     near = did_you_mean(text, [schema.BUNDLED])
     return f"{problem}{near}; a Hub id has the form owner/name"
