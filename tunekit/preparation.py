@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunekit.adapters import Adapter
-    from tunekit.data import DataSheet, EncodedDataset
+    from tunekit.data import Cache, DataSheet, EncodedDataset
     from tunekit.evaluation.measure import Question, Reference
     from tunekit.families import Family
+    from tunekit.families.base import Description
     from tunekit.inference import DrawSettings
-    from tunekit.progress import Reporter
+    from tunekit.progress import Reporter, Ticker
     from tunekit.recipe import Recipe
 
 
@@ -43,8 +44,8 @@ class Prepared:
 
     def references(self) -> tuple[list[Reference], list[Reference]]:
         """Return the training pictures and the held-out ones, cut as training cuts them."""
-        held_out = _references(self.held_out, self.resolution) if self.held_out else []
-        return _references(self.sheet, self.resolution), held_out
+        held_out = _references(self.held_out) if self.held_out else []
+        return _references(self.sheet), held_out
 
 
 def question_of(recipe: Recipe) -> Question:
@@ -101,37 +102,60 @@ def quietly() -> Iterator[None]:
                     logging.enable_progress_bar()
 
 
-def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
-    """Check and load everything; raises UserError, and writes nothing but to the cache."""
+def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> Prepared:
+    """Check and load everything; raises UserError, and writes nothing but to the cache.
+
+    cache: where encoded pictures and words are kept; who trains holds it with `using` to the end.
+    """
     from tunekit import adapters, families
-    from tunekit.data import preflight
+    from tunekit.data import Cache
     from tunekit.inference import default_device
     from tunekit.train import check_precision
 
     device = default_device()
     check_precision(device, recipe.train.precision)
-    holdout = recipe.data.holdout
-    sheet = preflight(recipe.data)
-    held_out = preflight(recipe.data, folder=holdout) if holdout is not None else None
+    base = families.describe(recipe.base)
+    resolutions = recipe.data.resolutions or (base.default_resolution,)
+    sheet = _sheet(recipe, base, reporter)
+    held_out = _sheet(recipe, base, reporter, recipe.data.holdout) if recipe.data.holdout else None
     _refuse_shared(sheet, held_out)
     _check_judges(recipe)
     family = families.load(recipe.base, device)
-    resolution = recipe.data.resolution or family.default_resolution
-    _check_drawing(recipe, family, resolution)
-    if sheet.resolution is None:  # only the base knew how large pictures are to be
-        sheet = preflight(recipe.data, resolution)
-        if holdout is not None:
-            held_out = preflight(recipe.data, resolution, folder=holdout)
-    sheet = sheet.with_cut_captions(family.cut_words)
+    _check_drawing(recipe, family, resolutions)
     notes = [*sheet.summary(), *_cut_prompts(recipe, family)]
     for note in notes:
         reporter.note(note)
     names = tuple(family.text_encoders)
     learns = recipe.adapter.trains_text_encoder()
-    dataset = _encode(recipe, family, sheet, resolution, reporter)
+    dataset = _encode(recipe, family, sheet, cache or Cache(say=reporter.note), reporter)
     adapter = adapters.get(recipe.adapter.kind).attach(family, recipe.adapter, recipe.train.seed)
     idle = ("vae",) if learns else ("vae", *names)
-    return Prepared(device, resolution, sheet, held_out, family, dataset, adapter, idle, notes)
+    return Prepared(device, resolutions[0], sheet, held_out, family, dataset, adapter, idle, notes)
+
+
+def _sheet(
+    recipe: Recipe, base: Description, reporter: Reporter, folder: str | None = None
+) -> DataSheet:
+    """Check the training pictures, or those of another folder, as this base will see them."""
+    from tunekit.data import preflight
+
+    with contextlib.ExitStack() as stack:
+        ticks: list[Ticker] = []
+
+        def tick(done: int, total: int) -> None:
+            if not ticks:  # only now it is known how many there are
+                name = "checking" if folder is None else "held-out"
+                ticks.append(stack.enter_context(reporter.stage(name, total)))
+            ticks[0]()
+
+        return preflight(
+            recipe.data,
+            None if recipe.data.resolutions else base.default_resolution,
+            multiple=base.size_multiple,
+            folder=folder,
+            cut_words=base.cut_words if folder is None else None,
+            progress=tick,
+        )
 
 
 def _check_judges(recipe: Recipe) -> None:
@@ -143,14 +167,15 @@ def _check_judges(recipe: Recipe) -> None:
     judges.clip.check_texts([question.plain(prompt) for prompt in question.prompts])
 
 
-def _check_drawing(recipe: Recipe, family: Family, resolution: int) -> None:
+def _check_drawing(recipe: Recipe, family: Family, resolutions: Sequence[int]) -> None:
     """Raise UserError for settings that no picture could be drawn or trained with."""
     multiple = family.size_multiple
-    if resolution % multiple:
+    if bad := [str(resolution) for resolution in resolutions if resolution % multiple]:
         raise UserError(
-            f"data.resolution: {resolution} is not a multiple of {multiple}, which this base needs"
+            f"data.resolution: {', '.join(bad)} is not a multiple of {multiple}, which this base "
+            "needs"
         )
-    drawing_of(recipe, resolution)
+    drawing_of(recipe, resolutions[0])
     family.pipeline(recipe.evaluate.scheduler)
 
 
@@ -176,30 +201,34 @@ def _cut_prompts(recipe: Recipe, family: Family) -> list[str]:
 
 
 def _encode(
-    recipe: Recipe, family: Family, sheet: DataSheet, resolution: int, reporter: Reporter
+    recipe: Recipe, family: Family, sheet: DataSheet, cache: Cache, reporter: Reporter
 ) -> EncodedDataset:
     from tunekit.data import EncodedDataset, fingerprint
 
-    encoders = family.text_encoders
+    encoders, settings = family.text_encoders, recipe.train
     weights = {
         f"{name}.{key}": tensor
         for name, encoder in encoders.items()
         for key, tensor in encoder.state_dict().items()
     }
-    texts = fingerprint(weights, family.name, family.label, *map(_config, encoders.values()))
-    with reporter.stage("encoding", len(sheet.examples)) as tick:
+    configs = map(_config, encoders.values())
+    with cache.using():
         return EncodedDataset.encode(
             sheet.examples,
             recipe.data,
-            resolution=resolution,
-            seed=recipe.train.seed,
+            resolution=sheet.resolutions,
+            multiple=sheet.multiple,
+            seed=settings.seed,
             encode_image=family.encode_image,
             image_fingerprint=fingerprint(
                 family.vae.state_dict(), family.name, _config(family.vae)
             ),
             encode_prompt=None if recipe.adapter.trains_text_encoder() else family.encode_prompt,
-            text_fingerprint=texts,
-            progress=lambda done, total: tick(),
+            text_fingerprint=fingerprint(weights, family.name, family.tokenization(), *configs),
+            batch_size=settings.batch_size,
+            batches=settings.steps * settings.gradient_accumulation,
+            cache=cache,
+            stage=reporter.stage,
         )
 
 
@@ -210,11 +239,16 @@ def _config(module: nn.Module) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
-def _references(sheet: DataSheet, resolution: int) -> list[Reference]:
-    from tunekit.data import fit, open_rgb
+def _references(sheet: DataSheet) -> list[Reference]:
+    from tunekit.data.encode import training_view
     from tunekit.evaluation.measure import Reference
 
+    resolution = sheet.resolutions[0]
     return [
-        Reference(example.name, fit(open_rgb(example.path), resolution), example.caption)
+        Reference(
+            example.name,
+            training_view(example, sheet.data, resolution, sheet.multiple),
+            example.caption,
+        )
         for example in sheet.examples
     ]

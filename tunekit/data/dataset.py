@@ -108,7 +108,7 @@ class EncodedDataset:
         for `encode_texts`; None where the text encoder trains, and batches then carry captions
         only. batches, batch_size: how far the run goes and in batches of which size; where
         captions are shuffled there is no end of texts, and those of these batches are encoded.
-        stage: opens "pictures" and then "captions". Raises UserError as these two do.
+        stage: opens "encoding" and then "captions". Raises UserError as these two do.
         """
         cache = cache or Cache()
         items = encode_pictures(

@@ -85,7 +85,7 @@ def encode_pictures(
     """
     work = _Pictures(data, multiple, encode_image, image_fingerprint, cache)
     items = []
-    with stage("pictures", len(examples)) as tick:
+    with stage("encoding", len(examples)) as tick:
         for example in examples:
             opened = _Opened(example, data)
             for resolution in resolutions:

@@ -150,6 +150,13 @@ class Family(ABC):
         """Return the end of `prompt` that the text encoder never sees, or '' where all fits."""
 
     @abstractmethod
+    def tokenization(self) -> str:
+        """Return as text all that decides which tokens a prompt becomes.
+
+        With the encoders' weights it decides `encode_prompt`; conditioning is cached by both.
+        """
+
+    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the denoiser's prediction: [B, C, h, w] and [B] int64 -> [B, C, h, w]."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
