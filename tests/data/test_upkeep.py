@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from tunekit.data.cache import Cache
 from tunekit.errors import UserError
 
 DAY = 86_400
+
+
+@pytest.fixture(autouse=True)
+def _usual_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNEKIT_CACHE_MAX", raising=False)
 
 
 def put(root: Path, kind: str, names: str, days: float) -> Path:
@@ -73,6 +79,9 @@ def test_usage_counts_by_kind(tmp_path: Path) -> None:
     assert any(line.startswith("latents: 3 entries in 2 files, 1") for line in told)
     assert "of 20 GB" in told[-1]
     assert str(tmp_path) in told[-1]
+    facts = json.loads(json.dumps(upkeep.as_dict(tmp_path, list(held.values()))))
+    assert facts["bytes"] == sum(kind["bytes"] for kind in facts["kinds"])
+    assert (facts["max_bytes"], facts["kinds"][1]["entries"]) == (20_000_000_000, 3)
     assert Cache(tmp_path / "none").usage() == []
 
 
@@ -163,11 +172,14 @@ def test_useless_files_go_first_whatever_is_asked(tmp_path: Path) -> None:
     being_written = tmp_path / "latents" / ".shard-y.part"
     being_written.write_bytes(b"half")
     pruned = Cache(tmp_path).prune()
+    json.dumps(pruned.as_dict())
     assert pruned.files == {"latents (old format)": 1, "unfinished": 1}
     assert kept.exists()
     assert being_written.exists()
     assert not old.exists()
     assert not left.exists()
+    assert Cache(tmp_path).prune(max_bytes=0).left_files == 1, "somebody may be writing it"
+    assert being_written.exists()
 
 
 def test_nothing_goes_while_another_process_uses_it(
@@ -251,6 +263,22 @@ def test_wrong_sizes_and_ages(text: str) -> None:
         upkeep.parse_size(text)
     with pytest.raises(UserError, match="is no age: write"):
         upkeep.parse_age(text)
+
+
+def test_the_options_of_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert upkeep.wanted("10GB", None, False) == (10**10, None)
+    assert upkeep.wanted(None, "1d", False) == (None, DAY)
+    assert upkeep.wanted("0", "1d", False) == (0, DAY)
+    assert upkeep.wanted(None, None, True) == (0, None)
+    monkeypatch.setenv("TUNEKIT_CACHE_MAX", "7GB")
+    assert upkeep.wanted(None, None, False) == (7 * 10**9, None)
+    for options, told in [
+        (("much", None, False), '--max-size: "much" is no size'),
+        ((None, "long", False), '--older-than: "long" is no age'),
+        (("1GB", None, True), "leave out --max-size"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            upkeep.wanted(*options)
 
 
 def test_ages() -> None:

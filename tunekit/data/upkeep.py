@@ -184,6 +184,39 @@ def lines(root: Path, held: Sequence[Usage]) -> list[str]:
     ]
 
 
+def as_dict(root: Path, held: Sequence[Usage]) -> dict[str, Any]:
+    """Return what the cache holds as JSON values."""
+    return {
+        "root": str(root),
+        "bytes": sum(usage.bytes for usage in held),
+        "max_bytes": limit_bytes(),
+        "kinds": [vars(usage) for usage in held],
+    }
+
+
+def wanted(
+    max_size: str | None, older_than: str | None, everything: bool
+) -> tuple[int | None, float | None]:
+    """Return what `prune` is to be given for the options of `tunekit cache prune`.
+
+    With none of them, it is the size that runs keep to. Raises UserError for wrong options.
+    """
+    if everything and (max_size or older_than):
+        raise UserError("--all removes everything: leave out --max-size and --older-than")
+    if everything:
+        return 0, None
+    if not (max_size or older_than):
+        return limit_bytes(), None
+    try:
+        size = parse_size(max_size) if max_size else None
+    except UserError as error:
+        raise UserError(f"--max-size: {error}") from None
+    try:
+        return size, parse_age(older_than) if older_than else None
+    except UserError as error:
+        raise UserError(f"--older-than: {error}") from None
+
+
 def size_text(size: int) -> str:
     """Return a number of bytes for people, such as "1.2 GB"."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
@@ -199,8 +232,9 @@ def _prune(root: Path, max_bytes: int | None, older_than_seconds: float | None) 
     removed: Counter[str] = Counter()
     for file in files:
         too_old = older_than_seconds is not None and now - file.used > older_than_seconds
-        too_much = max_bytes is not None and left_bytes > max_bytes
-        if file.useless or too_old or too_much:
+        too_much = max_bytes is not None and (left_bytes > max_bytes or max_bytes == 0)
+        being_written = file.kind == _PARTS and not file.useless
+        if file.useless or ((too_old or too_much) and not being_written):
             try:
                 file.path.unlink(missing_ok=True)
             except OSError as error:
