@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tunekit.data.captions import all_texts, at_visit, expand, fill, holds, insert_trigger
 from tunekit.errors import UserError
-from tunekit.schema_data import Captions, Data
+from tunekit.schema_data import Data
+from tunekit.schema_source import Captions
 
 
 def test_placeholders_are_filled() -> None:

@@ -11,7 +11,8 @@ from tunekit.errors import UserError, did_you_mean
 from tunekit.seeding import derive
 
 if TYPE_CHECKING:
-    from tunekit.schema_data import Captions, Data
+    from tunekit.schema_data import Data
+    from tunekit.schema_source import Captions
 
 PLACEHOLDERS = ("trigger", "class")
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

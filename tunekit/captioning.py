@@ -1,0 +1,263 @@
+"""Captions for a folder of pictures, for review: what `tunekit caption` does.
+
+Every picture is looked at first, so that a broken one is told before hours are spent. Captions are
+kept line by line in a hidden file beside the result; only when every picture had its turn is the
+result written, whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from tunekit import captioners
+from tunekit.captioners import Captioner, Wishes
+from tunekit.captioners._ledger import Ledger
+from tunekit.captioners._place import find
+from tunekit.data.captions import fill, insert_trigger
+from tunekit.data.records import DataError, Finding, Record
+from tunekit.errors import UserError
+from tunekit.progress import Reporter, Silent
+from tunekit.recipe_faults import explain
+from tunekit.recipe_source import Place as KeyPlace
+from tunekit.recipe_source import RecipeError, Source, from_overrides
+
+if TYPE_CHECKING:
+    from tunekit.schema_source import Pictures
+    from tunekit.section import Section
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_NAMED = 10  # names of pictures in one line for people
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What was written.
+
+    out: the file, or the folder of .txt files. captions: the new ones by picture. kept: pictures
+    that had captions, which stayed. silent: pictures of which nothing was said, and none was
+    written. remarks: pictures by what is odd with their captions.
+    """
+
+    source: str
+    captioner: str
+    out: Path
+    captions: Mapping[str, str]
+    kept: tuple[str, ...]
+    silent: tuple[str, ...]
+    remarks: Mapping[str, tuple[str, ...]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data, for scripts."""
+        return {**asdict(self), "out": str(self.out)}
+
+    def lines(self) -> list[str]:
+        """Return what people want to know, the captions first."""
+        lines = [f"{name}: {text}" for name, text in self.captions.items()]
+        if self.captions:
+            lines.append(
+                f"{self.out}: {_count(self.captions)} captioned; read them before you train"
+            )
+        else:
+            lines.append(f"{self.out}: nothing was written")
+        if self.kept:
+            lines.append(
+                f"{_count(self.kept)} had captions, which stay ({_some(self.kept)}); --overwrite "
+                "writes new ones"
+            )
+        for remark, names in self.remarks.items():
+            lines.append(f"{_count(names)} with captions {remark}: {', '.join(names)}")
+        if self.silent:
+            lines.append(
+                f"of {_count(self.silent)} nothing was said, and training will miss their "
+                f"captions: {', '.join(self.silent)}; write them by hand, or ask otherwise"
+            )
+        return lines
+
+
+def caption(
+    source: str | Path,
+    captioner: str,
+    options: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    instruction: str = "",
+    trigger: str = "",
+    class_noun: str = "",
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Captioned:
+    """Write a caption for every picture of `source` that has none.
+
+    source: a folder, or what a recipe's `data.source` may name. options: KEY=VALUE for the
+    captioner. out: a .jsonl file; None: where the folder's captions stand, else its metadata.jsonl.
+    instruction: what to describe, for captioners that follow one. class_noun: what the subject is
+    called; what makes it itself is left out then, as far as the captioner can. trigger: put before
+    the class noun. overwrite: whether captions that are there are written anew.
+
+    Raises UserError, nothing written, for whatever is wrong with source, pictures or captioner.
+    """
+    reporter = reporter or Silent()
+    kind, chosen, wishes = _asked(captioner, options, instruction, trigger, class_noun)
+    records = _records(str(source), reporter)
+    place = find(Path(source), records, None if out is None else Path(out))
+    kept = () if overwrite else tuple(name for name in place.files if name in place.had)
+    todo = {name: record for name, record in place.files.items() if name not in kept}
+    if not todo:
+        return Captioned(str(source), captioner, place.out, {}, kept, (), {})
+    pixels = _look(str(source), todo, reporter)
+    settings = {
+        "captioner": captioner,
+        "options": chosen.model_dump(mode="json"),
+        **asdict(wishes),
+    }
+    with Ledger(place.ledger, settings) as ledger:
+        left = [name for name in todo if (name, pixels[name]) not in ledger.done]
+        if len(left) < len(todo):
+            reporter.note(f"{len(todo) - len(left)} of {len(todo)} pictures were captioned before")
+        if left:
+            _describe(kind, chosen, wishes, {name: todo[name] for name in left}, ledger, reporter)
+        said = {name: ledger.done[name, pixels[name]] for name in todo}
+        texts = {name: _finished(said[name].text, trigger, class_noun) for name in todo}
+        captions = {name: text for name, text in texts.items() if text}
+        place.write({name: _escaped(text) for name, text in captions.items()})
+        ledger.remove()
+    remarks: dict[str, tuple[str, ...]] = {}
+    for name, words in said.items():
+        if words.remark and name in captions:
+            remarks[words.remark] = (*remarks.get(words.remark, ()), name)
+    silent = tuple(name for name in todo if name not in captions)
+    return Captioned(str(source), captioner, place.out, captions, kept, silent, remarks)
+
+
+def _asked(
+    captioner: str, options: Sequence[str], instruction: str, trigger: str, class_noun: str
+) -> tuple[type[Captioner], Section, Wishes]:
+    """Return what is asked for, checked. Raises UserError."""
+    kind = captioners.get(captioner)
+    if trigger and not class_noun:
+        raise UserError(f"--trigger {trigger}: stands before the class noun; say it with --class")
+    for word in (trigger, class_noun):
+        if re.search(r"[{}\r\n]", word) or word != word.strip():
+            raise UserError(
+                f'"{word}": a word without braces, line breaks and outer spaces, please'
+            )
+    if instruction and not kind.takes_instruction:
+        able = [n for n in captioners.names() if captioners.get(n).takes_instruction]
+        raise UserError(
+            f"--instruction: the captioner {captioner} follows none; {', '.join(able)} may"
+        )
+    asked = fill(instruction, trigger, class_noun)
+    return kind, _options(kind, captioner, options), Wishes(asked, class_noun)
+
+
+def _options(kind: type[Captioner], captioner: str, given: Sequence[str]) -> Section:
+    source = Source(places={(): KeyPlace(f"captioner {captioner}")})
+    for one in from_overrides(given):
+        source = one.lay_over(source)
+    faults = list(source.faults)
+    try:
+        options = kind.Options(**source.tree)
+    except ValidationError as error:
+        faults += explain(error, source, {"": kind.Options})
+    if faults:
+        raise RecipeError(faults)
+    return options
+
+
+def _records(source: str, reporter: Reporter) -> list[Record]:
+    """Return the source's pictures, those that its metadata does not list as well."""
+    from tunekit.data.source import fault_line, read
+
+    found = read([_pictures(source)])
+    missing = [finding for finding in found.findings if _not_listed(finding)]
+    faults = [
+        fault_line(finding)
+        for finding in found.findings
+        # masks do not hurt here, and what is not listed shall be
+        if finding.severity == "error" and not _not_listed(finding)
+        if finding.code != "mask-unused"
+    ]
+    if faults:
+        raise DataError(source, faults)
+    for finding in found.findings:
+        if finding.severity != "error":
+            reporter.note(str(finding))
+    unlisted = [Record(Path(source) / name, name) for f in missing for name in f.names]
+    return sorted([*found.records, *unlisted], key=lambda record: record.name)
+
+
+def _pictures(source: str) -> Pictures:
+    from tunekit.schema_source import Pictures
+
+    if _HUB_ID.fullmatch(source) and not Path(source).exists():
+        return Pictures(dataset=source)
+    return Pictures(path=source)
+
+
+def _not_listed(finding: Finding) -> bool:
+    return finding.severity == "error" and finding.code == "not-listed"
+
+
+def _look(source: str, records: Mapping[str, Record], reporter: Reporter) -> dict[str, str]:
+    """Return the hash of each picture's pixels. Raises DataError with all that cannot be read."""
+    from tunekit.data.images import PictureError, decode, pixel_hash
+
+    pixels, faults = {}, []
+    with reporter.stage("checking", len(records)) as tick:
+        for name, record in records.items():
+            try:
+                pixels[name] = pixel_hash(decode(record.path).image)
+            except PictureError as error:
+                faults.append(f"{name}: {error}")
+            tick()
+    if faults:
+        raise DataError(source, faults)
+    return pixels
+
+
+def _describe(
+    kind: type[Captioner],
+    options: Section,
+    wishes: Wishes,
+    records: Mapping[str, Record],
+    ledger: Ledger,
+    reporter: Reporter,
+) -> None:
+    """Have every picture described, each kept as soon as it is."""
+    from tunekit.data.images import open_rgb, pixel_hash
+    from tunekit.inference import default_device
+
+    captioner = kind.load(options, wishes, default_device())
+    for note in captioner.notes:
+        reporter.note(note)
+    with reporter.stage("captions", len(records)) as tick:
+        for name, record in records.items():
+            image = open_rgb(record.path)
+            ledger.add(name, pixel_hash(image), captioner.describe(image))
+            tick(name)
+
+
+def _finished(text: str, trigger: str, class_noun: str) -> str:
+    """Return a caption in one line, with the trigger where there is one."""
+    text = " ".join(text.split())
+    return insert_trigger(text, trigger, class_noun) if trigger else text
+
+
+def _escaped(text: str) -> str:
+    """Return a caption as training fills it in: its own braces doubled."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _count(names: Sequence[str] | Mapping[str, str]) -> str:
+    return "1 picture" if len(names) == 1 else f"{len(names)} pictures"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
