@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from tunekit.data import Batch, Cache, EncodedDataset, Example, preflight
-from tunekit.data.dataset import RANDOM_CROPS, crops
+from tunekit.data import Batch, Cache, EncodedDataset, images, preflight
 from tunekit.data.images import to_pixels
 from tunekit.errors import UserError
 from tunekit.schema import Data
@@ -49,13 +46,6 @@ def never(*_: Any) -> Any:
     raise AssertionError("encoded again")
 
 
-def example(number: int, width: int = 8, height: int = 8) -> Example:
-    key = hashlib.sha256(str(number).encode()).hexdigest()
-    return Example(
-        Path(f"{number}.png"), f"{number}.png", str(number), "t", width, height, key, key
-    )
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that paints numbered pictures with numbered captions."""
@@ -65,7 +55,9 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         path.mkdir()
         for place, number in enumerate(numbers):
             size = (32, 32 + 8 * (number % 3))
-            Image.new("RGB", size, colour_of(number)).save(path / f"{prefix}{place}.png")
+            image = Image.new("RGB", size, colour_of(number))
+            image.paste((*colour_of(number)[:2], 200), (0, 0, 8, 48))  # blue tells left from right
+            image.save(path / f"{prefix}{place}.png")
             (path / f"{prefix}{place}.txt").write_text(f"zorp number {number}")
         return path
 
@@ -76,8 +68,12 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 def encode(tmp_path: Path, data: Callable[..., Data]) -> Callable[..., EncodedDataset]:
     """Return a function that checks and encodes a folder with the functions above."""
 
-    def run(source: Path, seed: int = 0, changes: Any = None, **options: Any) -> EncodedDataset:
-        section = data(source, **(changes or {}))
+    def run(source: Any, seed: int = 0, changes: Any = None, **options: Any) -> EncodedDataset:
+        section = data("x", **(changes or {}))
+        section = Data.model_validate(
+            section.model_dump(by_alias=True)
+            | {"source": source if isinstance(source, tuple) else str(source)}
+        )
         defaults: dict[str, Any] = {
             "encode_image": encode_image,
             "image_fingerprint": "vae",
@@ -85,9 +81,12 @@ def encode(tmp_path: Path, data: Callable[..., Data]) -> Callable[..., EncodedDa
             "text_fingerprint": "text",
             "cache": Cache(tmp_path / "cache"),
         }
-        examples = preflight(section, 16).examples
+        wanted = section.resolutions or (16,)
+        sheet = preflight(section, None if section.resolutions else 16, multiple=4)
         return EncodedDataset.encode(
-            examples, section, resolution=16, seed=seed, **{**defaults, **options}
+            sheet.examples,
+            section,
+            **{"resolution": wanted, "seed": seed, "multiple": 4, **defaults, **options},
         )
 
     return run
@@ -112,61 +111,6 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-# Pairing
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    numbers=st.lists(st.integers(0, 255), min_size=1, max_size=6, unique=True),
-    seed=st.integers(0, 2**63 - 1),
-    batch_size=st.integers(1, 7),
-    crop=st.sampled_from(["center", "random"]),
-    flip=st.booleans(),
-    dropout=st.sampled_from([0.0, 0.5]),
-)
-def test_latent_and_caption_belong_to_one_picture(
-    tmp_path_factory: pytest.TempPathFactory,
-    numbers: list[int],
-    seed: int,
-    batch_size: int,
-    crop: str,
-    flip: bool,
-    dropout: float,
-) -> None:
-    base = tmp_path_factory.mktemp("pairing")
-    cache = Cache(base / "cache")
-    sets = []
-    # The same pictures twice: in reverse, under other names, and from the cache.
-    for name, listed, image in (("a", numbers, encode_image), ("b", numbers[::-1], never)):
-        (base / name).mkdir()
-        for place, number in enumerate(listed):
-            picture = Image.new("RGB", (32, 32 + 8 * (number % 3)), colour_of(number))
-            picture.save(base / name / f"{name}{place}.png")
-            (base / name / f"{name}{place}.txt").write_text(f"zorp number {number}")
-        section = Data(
-            **{"source": str(base / name), "trigger": "zorp", "class": "robot"},
-            crop=crop,  # type: ignore[arg-type]
-            flip=flip,
-            caption_dropout=dropout,
-        )
-        sets.append(
-            EncodedDataset.encode(
-                preflight(section, 16).examples,
-                section,
-                resolution=16,
-                seed=seed,
-                encode_image=image,
-                image_fingerprint="vae",
-                encode_prompt=encode_prompt,
-                cache=cache,
-            )
-        )
-    for step in range(8):
-        batches = [one.batch(step, 1, batch_size, 2) for one in sets]
-        check_pairing(batches[0], dropout > 0)
-        assert same(*batches)
-
-
 def test_names_are_those_of_the_pictures(folder: Any, encode: Any) -> None:
     dataset = encode(folder([3, 30, 200], prefix="p"))
     for step in range(6):
@@ -178,53 +122,42 @@ def test_names_are_those_of_the_pictures(folder: Any, encode: Any) -> None:
 # Visits
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    count=st.integers(1, 9),
-    batch_size=st.integers(1, 20),
-    micros=st.integers(1, 3),
-    steps=st.integers(1, 9),
-    seed=st.integers(0, 2**63 - 1),
-    variants=st.integers(1, 4),
-)
-def test_every_picture_and_every_variant_is_seen_equally_often(
-    count: int, batch_size: int, micros: int, steps: int, seed: int, variants: int
-) -> None:
-    from tunekit.data.dataset import _Encoded
-
-    encoded = [
-        _Encoded(example(n), tuple(torch.full((1, 2, 2), 10.0 * n + v) for v in range(variants)))
-        for n in range(count)
-    ]
-    dataset = EncodedDataset(encoded, {}, seed=seed, caption_dropout=0.0)
-    batches = [
-        dataset.batch(step, micro, batch_size, micros)
-        for step in range(steps)
-        for micro in range(micros)
-    ]
-    seen = [int(v) for batch in batches for v in batch.latents[:, 0, 0, 0].tolist()]
-    assert len(seen) == batch_size * micros * steps
-    visits = Counter(v // 10 for v in seen)
-    assert max(visits.values()) - min(visits[n] for n in range(count)) <= 1
-    assert all(number == int(c) for b, c in _numbered(batches) for number in [b])
-    for n in range(count):
-        of_one = Counter(v % 10 for v in seen if v // 10 == n)
-        assert max(of_one.values(), default=0) - min(of_one[v] for v in range(variants)) <= 1
-    for epoch in range(len(seen) // count):
-        assert sorted(v // 10 for v in seen[epoch * count : (epoch + 1) * count]) == [*range(count)]
+def test_every_picture_and_every_variant_is_seen_equally_often(folder: Any, encode: Any) -> None:
+    """Pictures of three shapes: three buckets of two, and batches of three."""
+    changes = {"resolution": 32, "buckets": {"step": 4, "min": 16}, "flip": True}
+    dataset = encode(folder([3, 4, 5, 6, 7, 8]), 0, changes)
+    assert len({item.bucket for item in dataset.items}) == 3
+    row = dataset.visits(3).round
+    assert (row.epochs, row.batches) == (3, 6)
+    seen: Counter[tuple[int, int]] = Counter()
+    for step in range(row.batches * 2):
+        batch = dataset.batch(step, 0, 3)
+        check_pairing(batch)
+        for latents in batch.latents:
+            seen[number_in(latents), int(latents[2, 0, 0] > latents[2, 0, -1])] += 1
+    assert seen == {(number, side): 3 for number in range(3, 9) for side in (0, 1)}
 
 
-def _numbered(batches: list[Batch]) -> list[tuple[int, str]]:
-    return [
-        (int(row[0, 0, 0].item()) // 10, caption)
-        for batch in batches
-        for row, caption in zip(batch.latents, batch.captions, strict=True)
-    ]
+def test_repeats_are_visits_an_epoch(folder: Any, encode: Any) -> None:
+    sources = ({"path": str(folder([1, 2], "a")), "repeats": 3}, str(folder([3, 4], "b")))
+    dataset = encode(sources)
+    seen = Counter(number_in(row) for step in range(4) for row in dataset.batch(step, 0, 4).latents)
+    assert seen == {1: 6, 2: 6, 3: 2, 4: 2}
+
+
+def test_each_resolution_shows_every_picture(folder: Any, encode: Any) -> None:
+    dataset = encode(folder([1, 2, 3]), changes={"resolution": [16, 24]})
+    seen = Counter(
+        (number_in(row), row.shape[-1])
+        for step in range(4)
+        for row in dataset.batch(step, 0, 3).latents
+    )
+    assert seen == {(number, edge): 2 for number in (1, 2, 3) for edge in (4, 6)}
 
 
 def test_a_batch_is_a_function_of_its_place_and_the_seed(folder: Any, encode: Any) -> None:
     path = folder(list(range(12)))
-    changes = {"flip": True, "crop": "random", "caption_dropout": 0.3}
+    changes = {"flip": True, "crop": "random", "captions": {"dropout": 0.3}}
     one, other = encode(path, 5, changes), encode(path, 6, changes)
     forward = [one.batch(step, 0, 5) for step in range(10)]
     again = [encode(path, 5, changes).batch(step, 0, 5) for step in reversed(range(10))]
@@ -241,22 +174,12 @@ def test_epochs_differ(folder: Any, encode: Any) -> None:
 
 
 def test_caption_dropout_has_its_rate(folder: Any, encode: Any) -> None:
-    dataset = encode(folder(list(range(8))), changes={"caption_dropout": 0.25})
+    dataset = encode(folder(list(range(8))), changes={"captions": {"dropout": 0.25}})
     captions = [c for step in range(250) for c in dataset.batch(step, 0, 8).captions]
     assert 0.21 < captions.count("") / len(captions) < 0.29
 
 
 # Variants
-
-
-def test_random_crops_are_fixed_places_all_along_the_side() -> None:
-    wide = crops(example(1, 800, 100), 64, "random")
-    assert len(wide) == RANDOM_CROPS
-    assert wide == crops(example(1, 800, 100), 64, "random")
-    assert wide != crops(example(2, 800, 100), 64, "random")
-    assert [plan.left * RANDOM_CROPS // 700 for plan in wide] == [0, 1, 2, 3]
-    assert len(crops(example(1, 100, 100), 64, "random")) == 1
-    assert crops(example(1, 300, 100), 64, "center")[0].left == 100
 
 
 def test_half_of_the_visits_are_mirrored(folder: Any, encode: Any, tmp_path: Path) -> None:
@@ -300,7 +223,7 @@ def test_a_changed_thing_is_a_miss_and_nothing_else(
     assert made(image_fingerprint="other") == (3, 0)
     assert made(text_fingerprint="other") == (0, 3)
     assert made(changes={"flip": True}) == (3, 0)
-    assert made(changes={"caption_dropout": 0.1}) == (0, 1)
+    assert made(changes={"captions": {"dropout": 0.1}}) == (0, 1)
     (path / "0.txt").write_text("zorp number 1 waving")
     assert made() == (0, 1)
     Image.new("RGB", (32, 40), "white").save(path / "1.png")
@@ -312,11 +235,16 @@ def test_a_changed_thing_is_a_miss_and_nothing_else(
 def test_a_picture_is_decoded_once_for_all_its_variants(
     folder: Any, encode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunekit.data import dataset as module
+    from tunekit.data import encode as module
 
     opened: list[Path] = []
-    decode = module.decode
-    monkeypatch.setattr(module, "decode", lambda path: (opened.append(path), decode(path))[1])
+    decode = images.decode
+
+    def watch(path: Path, *background: str) -> Any:
+        opened.append(path)
+        return decode(path, *background)
+
+    monkeypatch.setattr(module, "decode", watch)
     changes = {"flip": True, "crop": "random"}
     path = folder([1, 2])
     encode(path, changes=changes)
@@ -332,9 +260,15 @@ def test_without_an_encoder_of_words_batches_carry_captions(folder: Any, encode:
 
 
 def test_progress(folder: Any, encode: Any) -> None:
-    told: list[tuple[int, int]] = []
-    encode(folder([1, 2]), progress=lambda done, of: told.append((done, of)))
-    assert told == [(1, 2), (2, 2)]
+    told: list[Any] = []
+
+    @contextlib.contextmanager
+    def stage(name: str, total: int) -> Iterator[Callable[[], None]]:
+        told.append((name, total))
+        yield lambda: told.append(name)
+
+    encode(folder([1, 2]), stage=stage)
+    assert told == [("encoding", 2), *["encoding"] * 2, ("captions", 2), *["captions"] * 2]
 
 
 def test_a_picture_that_changed_since_it_was_checked(
@@ -367,5 +301,6 @@ def test_latents_that_are_not_finite_are_refused_and_not_kept(
         encode(path, encode_image=lambda pixels: encode_image(pixels) * bad)
     with pytest.raises(UserError, match=r'conditioning of "zorp number 1" are not finite'):
         encode(path, encode_prompt=lambda prompts: {"x": torch.full((1, 2), bad)})
+    kept = {usage.kind: usage.entries for usage in Cache(tmp_path / "cache").usage()}
+    assert kept == {"latents": 1}
     encode(path)
-    assert len(list((tmp_path / "cache" / "conditioning").rglob("*.safetensors"))) == 1

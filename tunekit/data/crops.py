@@ -88,6 +88,8 @@ def _most_detail(image: Image.Image, across: bool, window: int, spare: int) -> f
     energy[:, 1:] += np.diff(values, axis=1) ** 2
     energy[1:, :] += np.diff(values, axis=0) ** 2
     profile = energy.sum(axis=0 if across else 1)
+    if not profile.any():
+        return 0.5
     small = len(profile)
     length = min(max(1, round(window * small / (window + spare))), small)
     sums = np.concatenate([[0.0], profile.cumsum()])
