@@ -116,8 +116,8 @@ def test_the_column_of_the_captions(look: Look, paint: Paint, metadata: Metadata
     ]
     metadata([{"file_name": "a.png", "caption": "x", "text": "y"}])
     assert look().faults == [
-        "metadata.jsonl: captions may be in `text` or in `caption`; name one of them as "
-        "caption_column"
+        "metadata.jsonl: captions may be in text or caption; name one as caption_column; the "
+        "columns are: file_name, caption, text"
     ]
 
 

@@ -27,6 +27,7 @@ from tunekit.data.listing import (
     Folder,
     Row,
     caption_fault,
+    fault,
     inside,
     read_text,
 )
@@ -83,7 +84,8 @@ def _tell(
     folder: Folder, name: str, columns: Iterable[str], column: str, listed: Mapping[str, int]
 ) -> None:
     for picture in sorted({*folder.pictures, *folder.outside} - listed.keys()):
-        folder.fault(picture, f"not listed in {name}; add a line for it, or move it out")
+        what = f"not listed in {name}; add a line for it, or move it out"
+        folder.findings.append(fault(picture, what, "not-listed"))
     for sidecar in folder.sidecars:
         folder.fault(sidecar, f"captions stand in {name} already; keep one of them")
     used = {"file_name", column, *_OPTIONAL, *more_captions(columns, column)}
@@ -95,24 +97,22 @@ def _tell(
         folder.note("caption-column", f"captions are the column of {name} called", [column])
 
 
-def caption_column(columns: Iterable[str], asked: str | None) -> str | None:
+def caption_column(columns: Iterable[str], asked: str | None, told: str = "") -> str | None:
     """Return the column of the captions, None where there is none.
 
-    asked: the source's `caption_column`. Raises UserError where that is not there, or where both
-    `text` and `caption` are.
+    asked: the source's `caption_column`. told: the columns as a message lists them. Raises
+    UserError where that is not there, or where both `text` and `caption` are.
     """
     columns = list(columns)
+    there = f"the columns are: {told or ', '.join(columns) or 'none'}"
     if asked is not None:
         if asked not in columns:
-            there = ", ".join(columns) or "none"
             hint = did_you_mean(asked, columns)
-            raise UserError(f'there is no caption_column "{asked}"{hint}; the columns are: {there}')
+            raise UserError(f'there is no caption_column "{asked}"{hint}; {there}')
         return asked
     found = [column for column in CAPTION_COLUMNS if column in columns]
     if len(found) > 1:
-        raise UserError(
-            "captions may be in `text` or in `caption`; name one of them as caption_column"
-        )
+        raise UserError(f"captions may be in text or caption; name one as caption_column; {there}")
     return found[0] if found else None
 
 
