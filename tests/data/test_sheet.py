@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from tunekit.data import images
 from tunekit.data import sheet as sheets
 from tunekit.data.records import DataError, Finding
 from tunekit.data.sheet import DataSheet, examine, preflight, shared_pictures
@@ -107,11 +108,10 @@ def test_each_picture_is_decoded_once(
 ) -> None:
     scene("a.png", 1), scene("b.png", 2)
     opened: list[str] = []
-    real = sheets.decode
 
     def decode(path: Path, *rest: Any) -> Any:
         opened.append(path.name)
-        return real(path, *rest)
+        return images.decode(path, *rest)
 
     monkeypatch.setattr(sheets, "decode", decode)
     later = look(None).at(64)

@@ -130,6 +130,18 @@ def cut_captions(examples: Sequence[Example], cut_words: Callable[[str], str]) -
     return [Finding("warning", "long-caption", text, tuple(names), advice)]
 
 
+def seldom(examples: Sequence[Example], visits: Sequence[tuple[int, int]]) -> list[Finding]:
+    """Return a warning for pictures that a run may end without having shown.
+
+    visits: the least and the most each one gets.
+    """
+    names = [e.name for e, (least, _) in zip(examples, visits, strict=True) if least == 0]
+    if not names:
+        return []
+    text, advice = "may never be shown: the run is too short for it", "raise train.steps"
+    return [Finding("warning", "unseen", text, tuple(names), advice)]
+
+
 # Sizes
 
 

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunekit.data import buckets, checks, crops, masks, source
+from tunekit.data import buckets, checks, crops, masks, source, visits
 from tunekit.data.captions import expand
 from tunekit.data.images import Picture, decode, pixel_hash
 from tunekit.data.measures import Measures, measure
@@ -114,6 +114,22 @@ class DataSheet:
         fits = [self.fit(example, resolution) for example in self.examples]
         counts = Counter((fit.width, fit.height) for fit in fits if fit)
         return dict(counts.most_common())
+
+    def visits(self, batch_size: int, batches: int) -> tuple[tuple[int, int], ...]:
+        """Return the least and the most visits each example gets, in the order of `examples`.
+
+        batch_size: pictures a batch. batches: of the whole run. Empty where the sheet has no
+        resolution, or a picture that cannot be used.
+        """
+        shapes = [self.fit(e, r) for r in self.resolutions for e in self.examples]
+        if not shapes or None in shapes:
+            return ()
+        sizes = [(fit.width, fit.height) for fit in shapes if fit]
+        repeats = [e.repeats for e in self.examples] * len(self.resolutions)
+        told = visits.expected(sizes, repeats, batch_size, batches)
+        count = len(self.examples)
+        own = [told[place::count] for place in range(count)]
+        return tuple((sum(low for low, _ in each), sum(high for _, high in each)) for each in own)
 
     def summary(self) -> list[str]:
         """Return the sheet as lines of text."""

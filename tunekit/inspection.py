@@ -1,0 +1,376 @@
+"""What `tunekit inspect` tells of a recipe's pictures, or a folder's, before they are trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from tunekit import schema
+from tunekit.data import checks, contact
+from tunekit.data.records import SEVERITIES, Finding
+from tunekit.data.sheet import DataSheet, examine, shared_pictures, told
+from tunekit.data.source import fault_line
+from tunekit.errors import UserError
+from tunekit.progress import Reporter, Silent
+from tunekit.recipe import load_recipe
+from tunekit.recipe_faults import explain, nested
+from tunekit.recipe_source import RecipeError, from_mapping, from_overrides
+
+if TYPE_CHECKING:
+    from tunekit.families import Description
+
+RESOLUTION = 512
+"""Pixels, for a folder of which nobody said how large its pictures will be."""
+MULTIPLE = 8
+_RECIPES = (".yaml", ".yml")
+_LISTED = 60  # pictures in the table of the terminal
+_CAPTION = 90  # characters of a caption there; the JSON and the page have all
+_UNGIVEN = {"trigger": "(no trigger)", "class": "(no class)"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often a run shows pictures. visits: the least and the most of each example."""
+
+    steps: int
+    pictures_a_step: int
+    epochs: float
+    visits: tuple[tuple[int, int], ...]
+
+    def told(self) -> str:
+        """Return the plan as a sentence."""
+        low, high = min(v[0] for v in self.visits), max(v[1] for v in self.visits)
+        each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        return (
+            f"{self.steps:,} steps of {self.pictures_a_step}: {self.epochs:,.4g} epochs, each "
+            f"picture shown {each} times"
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The data sheet, and what only the whole recipe can tell.
+
+    sheet: the training pictures. held_out: those never trained on. plan: None without a recipe, and
+    where a picture cannot be used. findings: all there is to tell, errors first.
+    """
+
+    sheet: DataSheet
+    held_out: DataSheet | None
+    plan: Plan | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether training would take these pictures."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    def lines(self) -> list[str]:
+        """Return everything as lines of text; long lists are counted, `as_dict` has them whole."""
+        lines = [self.sheet.headline(), *_table(self.sheet)]
+        if self.plan:
+            lines += ["", self.plan.told()]
+        for severity in SEVERITIES:
+            some = [finding for finding in self.findings if finding.severity == severity]
+            if some:
+                lines += ["", f"{severity}s:"]
+                lines += [f"  {_line(finding)}" for finding in some]
+        return [*lines, "", self.verdict()]
+
+    def verdict(self) -> str:
+        """Return in a sentence whether training can begin."""
+        errors, warnings = (self._count(severity) for severity in SEVERITIES[:2])
+        if errors:
+            return f"training refuses this: {_plural(errors, 'error')} to mend"
+        if warnings:
+            return f"training takes this, with {_plural(warnings, 'warning')}"
+        return "training takes this; nothing to object to"
+
+    def _count(self, severity: str) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for scripts: pictures with sizes, crops and words, and findings."""
+        plan = self.plan
+        return {
+            "source": self.sheet.label,
+            "ok": self.ok,
+            "resolutions": list(self.sheet.resolutions),
+            "pictures": _pictures(self.sheet, plan.visits if plan else ()),
+            "findings": [_finding(finding) for finding in self.findings],
+            "training": {
+                "steps": plan.steps,
+                "pictures_a_step": plan.pictures_a_step,
+                "epochs": round(plan.epochs, 4),
+            }
+            if plan
+            else None,
+            "held_out": {"source": self.held_out.label, "pictures": _pictures(self.held_out, ())}
+            if self.held_out
+            else None,
+        }
+
+    def html(self) -> str:
+        """Return the contact sheet, a self-contained page."""
+        sentences = [self.sheet.headline(), *([self.plan.told()] if self.plan else [])]
+        return contact.page(
+            self.sheet,
+            held_out=self.held_out,
+            sentences=[f"{line}." for line in (*sentences, self.verdict())],
+            findings=self.findings,
+            visits=self.plan.visits if self.plan else (),
+        )
+
+
+def inspect(
+    target: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    trigger: str | None = None,
+    class_noun: str | None = None,
+    resolution: int | None = None,
+    reporter: Reporter | None = None,
+) -> Inspection:
+    """Look at the pictures of a recipe (a .yaml file), or at a folder, .parquet or .tar file.
+
+    overrides: ``KEY=VALUE``, as for a run; of a folder, keys of `data` alone. trigger, class_noun,
+    resolution: those keys of `data`. Without trigger or class what needs them is not checked, and
+    that is said. No weights are loaded; of the base only its description and tokenizer are read.
+
+    Raises UserError where there is nothing to look at: what is wrong with pictures is a finding.
+    """
+    given = {"trigger": trigger, "class": class_noun, "resolution": resolution}
+    options = {key: value for key, value in given.items() if value is not None}
+    path = Path(target)
+    reporter = reporter or Silent()
+    if path.suffix.lower() in _RECIPES:
+        own = [f"data.{key}={value}" for key, value in options.items()]
+        return _of_recipe(path, [*overrides, *own], reporter)
+    if not path.exists() and "*" not in path.name:
+        raise UserError(f"{target}: there is no such recipe or folder of pictures")
+    return _of_folder(str(target), overrides, options, reporter)
+
+
+def _of_recipe(path: Path, overrides: Sequence[str], reporter: Reporter) -> Inspection:
+    recipe = load_recipe(path, overrides)
+    data, train = recipe.data, recipe.train
+    base, said = _describe(recipe.base)
+    size = None if data.resolutions else (base.default_resolution if base else RESOLUTION)
+    multiple = base.size_multiple if base else MULTIPLE
+    cut_words = base.cut_words if base else None
+    with _counting(reporter, "looking") as progress:
+        sheet = examine(data, size, multiple=multiple, cut_words=cut_words, progress=progress)
+    findings = [*said, *sheet.findings]
+    held_out = None
+    if data.holdout is not None:
+        with _counting(reporter, "held out") as progress:
+            held_out = examine(
+                data, sheet.resolution, multiple=multiple, folder=data.holdout, progress=progress
+            )
+        findings += [*_held_out(held_out), *_shared(sheet, held_out)]
+    plan = _plan(sheet, train.steps, train.batch_size, train.gradient_accumulation)
+    if plan:
+        findings += checks.seldom(sheet.examples, plan.visits)
+    return Inspection(sheet, held_out, plan, _sorted(findings))
+
+
+def _describe(base: schema.Base) -> tuple[Description | None, list[Finding]]:
+    from tunekit import families
+
+    try:
+        return families.describe(base), []
+    except UserError as error:
+        text = f"the base cannot be described, so captions are not held to what it reads: {error}"
+        return None, [Finding("warning", "base", text)]
+
+
+def _held_out(sheet: DataSheet) -> list[Finding]:
+    """Return what to tell of held-out pictures: their words and looks are not trained on."""
+    kept = ("enlarged", "much-cut", "duplicate", "near-duplicate", "blank")
+    return [
+        Finding(f.severity, f"held-out-{f.code}", f"held out: {f.text}", f.names, f.advice)
+        for f in sheet.findings
+        if f.severity == "error" or f.code in kept
+    ]
+
+
+def _shared(sheet: DataSheet, held_out: DataSheet) -> list[Finding]:
+    pairs = shared_pictures(sheet, held_out)
+    if not pairs:
+        return []
+    names = tuple(f"{held} ({trained})" for trained, held in pairs)
+    text = "held-out pictures that are training pictures as well"
+    advice = "keep them apart: else the ceiling of the scores means nothing"
+    return [Finding("error", "held-out-shared", text, names, advice)]
+
+
+def _plan(sheet: DataSheet, steps: int, batch_size: int, accumulation: int) -> Plan | None:
+    if sheet.errors or not sheet.examples:
+        return None
+    visits = sheet.visits(batch_size, steps * accumulation)
+    a_step = batch_size * accumulation
+    epoch = sum(example.repeats for example in sheet.examples) * len(sheet.resolutions)
+    return Plan(steps, a_step, steps * a_step / epoch, visits)
+
+
+class _Folder(schema.Section):
+    """What a folder is looked at with: the data section of a recipe."""
+
+    data: schema.Data
+
+
+def _of_folder(
+    folder: str, overrides: Sequence[str], options: dict[str, Any], reporter: Reporter
+) -> Inspection:
+    words = [key for key in _UNGIVEN if not _given(key, options, overrides)]
+    source = from_mapping({"data": {"source": folder, **_UNGIVEN, **options}}, name=folder)
+    for override in from_overrides(overrides):
+        source = override.lay_over(source)
+    if others := sorted(key for key in source.tree if key != "data"):
+        raise UserError(f"{others[0]}: a folder has keys of data only; inspect a recipe for others")
+    if source.faults:
+        raise RecipeError(source.faults)
+    try:
+        data = _Folder.model_validate(source.tree).data
+    except ValidationError as error:
+        sections = nested({"": _Folder, "data": schema.Data})
+        raise RecipeError(explain(error, source, sections)) from None
+    unknown = {"trigger": checks.UNKNOWN_TRIGGER, "class_noun": checks.UNKNOWN_CLASS}
+    fields = {"trigger": "trigger", "class": "class_noun"}
+    data = data.model_copy(update={fields[key]: unknown[fields[key]] for key in words})
+    with _counting(reporter, "looking") as progress:
+        sheet = examine(data, None if data.resolutions else RESOLUTION, progress=progress)
+    return Inspection(sheet, None, None, _sorted([*sheet.findings, *_assumed(data, words)]))
+
+
+def _given(key: str, options: dict[str, Any], overrides: Sequence[str]) -> bool:
+    return key in options or any(text.startswith(f"data.{key}=") for text in overrides)
+
+
+def _assumed(data: schema.Data, words: Sequence[str]) -> list[Finding]:
+    """Return what was not said, and what was therefore assumed or left out."""
+    found = []
+    if not data.resolutions:
+        text = f"no resolution given: looked at for {RESOLUTION} pixels"
+        found.append(Finding("note", "assumed", text, (), "--resolution says another"))
+    if words:
+        named = " and ".join(f"--{key}" for key in words)
+        text = f"no {' and no '.join(words)} given: whether captions say them is not checked"
+        found.append(Finding("note", "assumed", text, (), f"give {named}"))
+    text = "no base given: captions are not held to what its text encoder reads"
+    return [*found, Finding("note", "assumed", text, (), "inspect a recipe for that")]
+
+
+@contextlib.contextmanager
+def _counting(reporter: Reporter, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Open a stage of the reporter as soon as it is known how much there is to do."""
+    with contextlib.ExitStack() as stack:
+        ticks: list[Any] = []
+
+        def progress(done: int, total: int) -> None:
+            if not ticks:
+                ticks.append(stack.enter_context(reporter.stage(name, total)))
+            ticks[0]()
+
+        yield progress
+
+
+def _sorted(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def _line(finding: Finding) -> str:
+    """Return a finding without its severity; an error begins with the file it is about."""
+    if finding.severity == "error":
+        return fault_line(finding)
+    return told(finding).removeprefix(f"{finding.severity}: ")
+
+
+def _plural(count: int, word: str) -> str:
+    return f"1 {word}" if count == 1 else f"{count} {word}s"
+
+
+def _table(sheet: DataSheet) -> list[str]:
+    """Return a row for each picture and resolution: size, bucket, scale, cut, caption."""
+    rows = [("picture", "size", "made", "scale", "cut", "crop", "caption")]
+    for example in sheet.examples[:_LISTED]:
+        first = True
+        for resolution in sheet.resolutions:
+            crops = sheet.crops(example, resolution)
+            cells = _cells(example.width, example.height, crops)
+            name, size = (example.name, f"{example.width}x{example.height}") if first else ("", "")
+            more = f" (and {len(example.captions) - 1} more)" if len(example.captions) > 1 else ""
+            words = example.caption
+            words = words if len(words) <= _CAPTION else f"{words[:_CAPTION]}..."
+            rows.append((name, size, *cells, f"{words}{more}" if first else ""))
+            first = False
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]).rstrip()
+        for row in rows
+    ]
+    hidden = len(sheet.examples) - _LISTED
+    if hidden > 0:
+        lines.append(f"and {hidden:,} more pictures; --json and --html list them")
+    return ["", *lines] if len(rows) > 1 else []
+
+
+def _cells(width: int, height: int, crops: Sequence[Any]) -> tuple[str, str, str, str]:
+    if not crops:
+        return "refused", "", "", ""
+    fit = crops[0]
+    lost = fit.cut(width, height)
+    places = f" and {len(crops) - 1} more" if len(crops) > 1 else ""
+    box = f"{fit.left},{fit.top} to {fit.right},{fit.bottom}{places}"
+    cut = "none" if not lost else f"{lost:.0%}" if lost >= 0.01 else "<1%"
+    return f"{fit.width}x{fit.height}", f"{fit.scale:.2f}x", cut, box if lost else "all"
+
+
+def _pictures(sheet: DataSheet, visits: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    pictures = []
+    for place, example in enumerate(sheet.examples):
+        trained = []
+        for resolution in sheet.resolutions:
+            if crops := sheet.crops(example, resolution):
+                fit = crops[0]
+                trained.append(
+                    {
+                        "resolution": resolution,
+                        "bucket": [fit.width, fit.height],
+                        "crops": [list(crop.box) for crop in crops],
+                        "scale": round(fit.scale, 4),
+                        "cut": round(fit.cut(example.width, example.height), 4),
+                    }
+                )
+        pictures.append(
+            {
+                "name": example.name,
+                "path": str(example.path),
+                "width": example.width,
+                "height": example.height,
+                "captions": list(example.captions),
+                "origin": example.origin,
+                "repeats": example.repeats,
+                "weight": example.weight,
+                "mask": str(example.mask) if example.mask else None,
+                "mask_coverage": sheet.looks[place].coverage,
+                "trained": trained,
+                "visits": list(visits[place]) if visits else None,
+            }
+        )
+    return pictures
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "severity": finding.severity,
+        "code": finding.code,
+        "text": finding.text,
+        "names": list(finding.names),
+        "advice": finding.advice,
+    }
