@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunekit import diffusion
-from tunekit.diffusion import NoiseSchedule
+from tunekit.diffusion import FlowSchedule, NoiseSchedule
 
 ENDS = [0, 1, 250, 500, 998, 999]
 
@@ -184,3 +188,183 @@ def test_min_snr_never_raises_a_weight_above_the_plain_one(t: int, gamma: float)
     for kind in ("epsilon", "v_prediction"):
         weight = diffusion.loss_weights(schedule(kind), torch.tensor([t]), gamma).item()
         assert 0 <= weight <= 1
+
+
+class TestFlow:
+    flow = FlowSchedule(torch.arange(1, 1001) / 1000)
+
+    def test_noising_equals_that_of_diffusers(self) -> None:
+        x, e = pair(len(ENDS))
+        theirs = FlowMatchEulerDiscreteScheduler()  # its timesteps are 1..1000, falling
+        wanted = theirs.scale_noise(x, theirs.timesteps.flip(0)[ENDS], e)
+        got = diffusion.add_noise(self.flow, x, e, torch.tensor(ENDS))
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+
+    def test_the_target_is_the_slope_of_the_way_from_picture_to_noise(self) -> None:
+        x, e = pair(3)
+        t = torch.tensor([10, 500, 900])
+        slope = 1000 * (
+            diffusion.add_noise(self.flow, x.double(), e.double(), t + 1)
+            - diffusion.add_noise(self.flow, x.double(), e.double(), t)
+        )
+        got = diffusion.target(self.flow, x, e, t)
+        torch.testing.assert_close(got.double(), slope, atol=2e-4, rtol=0)
+
+    def test_snr(self) -> None:
+        got = diffusion.snr(self.flow, torch.tensor([0, 499, 999]))
+        assert got.tolist() == pytest.approx([999.0**2, 1.0, 0.0], rel=1e-4)
+
+    def test_weights_made_for_diffusion_are_refused(self) -> None:
+        with pytest.raises(AssertionError, match="not flow"):
+            diffusion.loss_weights(self.flow, torch.tensor([5]), 5.0)
+
+
+WEIGHTINGS: dict[str, tuple[dict[str, float], Callable[[np.ndarray], np.ndarray]]] = {
+    "soft_min": ({"soft_min_snr_gamma": 5.0}, lambda snr: 1 / (1 / snr + 1 / 5.0)),
+    "p2": ({"p2_gamma": 0.5}, lambda snr: snr / np.sqrt(1 + snr)),
+    "debiased": ({"debiased": True}, np.sqrt),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_weights_equal_the_definition(prediction_type: str, name: str) -> None:
+    settings, on_clean = WEIGHTINGS[name]
+    a = signal_share()[ENDS]
+    snr = a / (1 - a)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+    got = diffusion.loss_weights(schedule(prediction_type), torch.tensor(ENDS), **settings)
+    np.testing.assert_allclose(got.double(), on_clean(snr) / divisor, rtol=3e-4)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_every_weight_is_finite_at_both_ends(name: str) -> None:
+    a = torch.tensor([1.0, 0.5, 0.0])
+    velocity = NoiseSchedule(a, "v_prediction")
+    weights = diffusion.loss_weights(velocity, torch.arange(3), **WEIGHTINGS[name][0])
+    assert weights[::2].tolist() == [0.0, 0.0]
+
+
+def test_the_soft_weight_is_the_hard_one_without_its_corner() -> None:
+    t = torch.arange(1000)
+    hard = diffusion.loss_weights(schedule(), t, 5.0)
+    soft = diffusion.loss_weights(schedule(), t, soft_min_snr_gamma=5.0)
+    assert (soft <= hard).all()
+    assert (soft >= hard / 2).all()
+
+
+class TestZeroTerminalSnr:
+    def test_it_equals_that_of_diffusers(self) -> None:
+        ours = diffusion.zero_terminal_snr(schedule("v_prediction"))
+        theirs = scheduler("v_prediction", zero=True).alphas_cumprod
+        torch.testing.assert_close(ours.alphas_cumprod, theirs, atol=2e-6, rtol=0)
+        assert ours.alphas_cumprod[-1] == 0
+
+    def test_the_first_timestep_stays(self) -> None:
+        before = schedule("v_prediction")
+        after = diffusion.zero_terminal_snr(before)
+        torch.testing.assert_close(after.alphas_cumprod[0], before.alphas_cumprod[0])
+
+    def test_a_schedule_that_ends_in_pure_noise_is_returned_as_it_is(self) -> None:
+        already = schedule("v_prediction", zero=True)
+        assert diffusion.zero_terminal_snr(already) is already
+
+
+class TestPyramidNoise:
+    def draw(self, seed: int, discount: float = 0.8, size: int = 32) -> torch.Tensor:
+        return diffusion.sample_noise(
+            (4, size, size), torch.Generator().manual_seed(seed), pyramid_discount=discount
+        )
+
+    def test_the_same_seed_is_the_same_noise_of_deviation_1(self) -> None:
+        assert torch.equal(self.draw(3), self.draw(3))
+        assert self.draw(3).std().item() == pytest.approx(1, abs=1e-5)
+
+    def test_coarse_structure_is_added(self) -> None:
+        """Means over 8 x 8 cells of plain noise deviate by 1/8; the pyramid's by far more."""
+        blocks = torch.nn.functional.avg_pool2d
+        plain = torch.cat([blocks(self.draw(i, 0.0)[None], 8) for i in range(20)])
+        coarse = torch.cat([blocks(self.draw(i)[None], 8) for i in range(20)])
+        assert plain.std().item() == pytest.approx(1 / 8, rel=0.1)
+        assert coarse.std() > 4 * plain.std()
+
+    def test_a_small_discount_leaves_nearly_plain_noise(self) -> None:
+        plain, little = self.draw(1, 0.0), self.draw(1, 0.01)
+        assert (plain - little).abs().max() < 0.1
+
+    def test_a_latent_of_one_cell_has_no_coarser_level(self) -> None:
+        assert torch.equal(self.draw(1, 0.8, 1), self.draw(1, 0.0, 1))
+
+    def test_shapes_that_are_no_squares(self) -> None:
+        noise = diffusion.sample_noise((4, 6, 40), torch.Generator(), pyramid_discount=0.9)
+        assert noise.shape == (4, 6, 40)
+
+
+def test_perturbed_noise_has_the_deviation_of_both() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = diffusion.sample_noise((4, 64, 64), generator)
+    perturbed = diffusion.perturb_noise(noise, generator, 0.5)
+    assert (perturbed - noise).std().item() == pytest.approx(0.5, rel=0.03)
+    assert perturbed.std().item() == pytest.approx(math.sqrt(1.25), rel=0.03)
+
+
+class TestHuber:
+    @pytest.mark.parametrize("loss", ["huber", "smooth_l1"])
+    def test_it_equals_the_definition(self, loss: Any) -> None:
+        x, e = pair(3)
+        c = torch.tensor([0.01, 0.5, 10.0])
+        c64 = c.double().numpy()[:, None, None, None]
+        d = x.double().numpy() - e.double().numpy()
+        wanted = 2 * (np.sqrt(d**2 + c64**2) - c64) * (c64 if loss == "huber" else 1)
+        got = diffusion.sample_losses(x, e, loss=loss, scale=c)
+        np.testing.assert_allclose(got.double(), wanted.mean(axis=(1, 2, 3)), rtol=1e-5)
+
+    def test_a_large_scale_is_the_square_and_a_small_one_the_distance(self) -> None:
+        x, e = pair(2)
+        large, small = torch.full((2,), 1e3), torch.full((2,), 1e-4)
+        torch.testing.assert_close(
+            diffusion.sample_losses(x, e, loss="huber", scale=large),
+            diffusion.sample_losses(x, e),
+            rtol=1e-4,
+            atol=0,
+        )
+        torch.testing.assert_close(
+            diffusion.sample_losses(x, e, loss="smooth_l1", scale=small),
+            2 * (x - e).abs().flatten(1).mean(dim=1),
+            rtol=1e-3,
+            atol=0,
+        )
+
+    def test_the_gradient_at_a_perfect_prediction_is_0(self) -> None:
+        x = torch.zeros(1, 4, 2, 2, requires_grad=True)
+        loss = diffusion.sample_losses(x, x.detach(), loss="huber", scale=torch.tensor([1e-3]))
+        loss.sum().backward()
+        assert x.grad is not None
+        assert (x.grad == 0).all()
+
+    def test_a_mask_weighs_any_loss(self) -> None:
+        x, e = pair(2)
+        mask = torch.zeros(2, 1, 3, 5)
+        mask[:, :, 1, 2] = 0.5
+        c = torch.tensor([0.1, 0.2])
+        got = diffusion.sample_losses(x, e, mask, loss="huber", scale=c)
+        spot = diffusion.sample_losses(x[:, :, 1, 2], e[:, :, 1, 2], loss="huber", scale=c)
+        torch.testing.assert_close(got, spot)
+
+    def test_scales_over_the_timesteps(self) -> None:
+        ours, t = schedule(), torch.tensor(ENDS)
+        a = signal_share()[ENDS]
+        assert diffusion.huber_scale(ours, t, 0.1).tolist() == pytest.approx([0.1] * len(ENDS))
+        exponential = diffusion.huber_scale(ours, t, 0.1, "exponential")
+        np.testing.assert_allclose(
+            exponential, np.exp(np.log(0.1) / 1000 * np.array(ENDS)), rtol=1e-5
+        )
+        by_snr = diffusion.huber_scale(ours, t, 0.1, "snr")
+        ratio = np.sqrt((1 - a) / a)
+        np.testing.assert_allclose(by_snr, 0.9 / (1 + ratio) ** 2 + 0.1, rtol=1e-4)
+
+    def test_the_scale_of_pure_noise_is_c(self) -> None:
+        ours = schedule("v_prediction", zero=True)
+        assert diffusion.huber_scale(ours, torch.tensor([999]), 0.1, "snr").item() == (
+            pytest.approx(0.1)
+        )
