@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,19 @@ class Inspection:
             findings=self.findings,
             visits=self.plan.visits if self.plan else (),
         )
+
+    def save(self, path: Path) -> None:
+        """Write the contact sheet to a .html file, whole or not at all; replaces an older one."""
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"{path}: a contact sheet is a page; name it .html")
+        text = self.html()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def inspect(

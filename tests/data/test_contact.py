@@ -60,7 +60,7 @@ def test_a_crop_is_drawn_where_training_cuts(sheet: Any) -> None:
     assert 'viewBox="0 0 400 200"' in page
     assert 'class="edge" x="100" y="0" width="200" height="200"' in page
     assert page.count('class="edge"') == 1, "nothing is drawn where nothing is cut"
-    assert "to 64 {X} 64: scaled 0.32{X}, 50% cut off" in page
+    assert f"to 64 {X} 64: scaled 0.32{X}, 50% cut off" in page
     four = contact.page(sheet({"wide.png": (400, 200)}, crop="random"))
     assert four.count('class="edge"') == 4
 
@@ -103,15 +103,12 @@ def test_a_mask_fades_what_it_leaves_out(sheet: Any, tmp_path: Path) -> None:
     mask = Image.new("L", (100, 100), 0)
     mask.paste(255, (0, 0, 50, 100))
     mask.save(tmp_path / "pictures" / "a.mask.png")
-    page = contact.page(
-        examine(made.data.model_validate(made.data.model_dump() | {"mask": {}}), 64)
-    )
+    masked = made.data.model_validate(made.data.model_dump() | {"mask": {}})
+    page = contact.page(examine(masked, 64))
     assert "mask keeps 50%" in page
-    url = r'src="data:image/png;base64,([^"]+)"'
-    before, after = (
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(re.search(url, p)[1]))), dtype=int)  # type: ignore[index]
-        for p in (plain, page)
-    )
+    urls = [re.findall(r'src="data:image/png;base64,([^"]+)"', text)[0] for text in (plain, page)]
+    files = [io.BytesIO(base64.b64decode(url)) for url in urls]
+    before, after = (np.asarray(Image.open(file)).astype(np.int32) for file in files)
     assert (before[:, :50] == after[:, :50]).all()
     assert after[:, 50:].std(axis=2).max() < 1, "grey where it does not count"
 
