@@ -245,7 +245,7 @@ def _describe(
 
 def _finished(text: str, trigger: str, class_noun: str) -> str:
     """Return a caption in one line, with the trigger where there is one."""
-    text = " ".join(text.split())
+    text = " ".join(text.replace("\0", " ").split())
     return insert_trigger(text, trigger, class_noun) if trigger else text
 
 

@@ -62,7 +62,7 @@ class ImageText(Captioner):
             description="The whole text the model is given, image token and all, for models that "
             "bring no chat template; {instruction} is filled in.",
         )
-        max_tokens: int = Field(120, ge=1, le=4096, description="Longest caption in tokens.")
+        max_tokens: int = Field(120, ge=1, le=1024, description="Longest caption in tokens.")
         beams: int = Field(
             1, ge=1, le=64, description="Beams of the search for the likeliest words."
         )
@@ -126,7 +126,10 @@ class ImageText(Captioner):
         answer = tokens if self._begins else tokens[echo:]
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text: str = tokenizer.decode(answer, skip_special_tokens=True)
-        cut = len(tokens) - echo >= longest and int(tokens[-1]) not in self._ends()
+        config = self.model.generation_config
+        # Some models are made to end when there is no more room, which looks like an end.
+        ended = int(tokens[-1]) in self._ends() and config.forced_eos_token_id is None
+        cut = len(tokens) - echo >= longest and not ended
         return Said(_bare(text), f"cut off after {longest} tokens" if cut else "")
 
     def _ends(self) -> set[int]:
