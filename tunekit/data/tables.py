@@ -13,52 +13,38 @@ no dataset's script is run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunekit.data.columns import Columns, choose_columns
 from tunekit.data.listing import fault
-from tunekit.data.metadata import caption_column, captions_of, more_captions, weight_of
+from tunekit.data.metadata import captions_of, weight_of
 from tunekit.data.records import Finding, Record, Severity
 from tunekit.data.spool import Spool
-from tunekit.errors import UserError, did_you_mean
+from tunekit.errors import UserError
 
 if TYPE_CHECKING:
     from tunekit.schema_source import Pictures
 
 _BATCH = 16  # rows in memory at a time
+_BUFFER = 1 << 20  # bytes read ahead of a file
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which column is what; None or empty: there is none. unused: all the others."""
-
-    image: str
-    captions: str | None
-    more: tuple[str, ...]
-    mask: str | None
-    weight: str | None
-    split: str | None
-    unused: tuple[str, ...]
-
-    def used(self) -> list[str]:
-        """Return the names of the columns that are read."""
-        named = (self.image, self.captions, *self.more, self.mask, self.weight, self.split)
-        return [name for name in named if name is not None]
-
-
-@dataclass
 class Rows:
-    """A table's rows, and how they are called.
+    """A table: how it is opened, and how its rows are called.
 
-    where: the source, for messages. stream: a `datasets.IterableDataset` of known features.
-    names: a name a row. root: what paths of pictures must lie in to be opened, "" for nowhere.
+    where: the source, for messages. features: of `datasets`, by column. open: columns -> a
+    `datasets.IterableDataset` of the rows with their pictures not decoded. names: a name a row.
+    root: what paths of pictures must lie in to be opened, "" for nowhere.
     """
 
     where: str
-    stream: Any
-    names: Iterator[str]
+    features: Mapping[str, Any]
+    open: Callable[[Columns], Iterable[Mapping[str, Any]]]
+    names: Iterable[str]
     root: str = ""
 
 
@@ -66,25 +52,36 @@ def read_parquet(
     source: Pictures, files: list[Path], mask: bool, progress: Callable[[str], object] | None
 ) -> tuple[list[Record], list[Finding]]:
     """Return a record a row of the files, and what is to be told; arguments as of source.read."""
-    from pyarrow.dataset import ParquetFragmentScanOptions
+    import pyarrow.parquet as pq
 
     import datasets
 
     counts, faults = _row_counts(files)
     if faults:
         return [], faults
+    features = datasets.Features.from_arrow_schema(pq.read_schema(files[0]))
+
+    def opened(columns: Columns) -> Iterable[Mapping[str, Any]]:
+        used = columns.used()
+
+        def rows(files: list[str]) -> Iterator[dict[str, Any]]:
+            # The reader of `datasets` scans ahead and holds several row groups, each often hundreds
+            # of megabytes of pictures; this one holds a page and a batch.
+            for file in files:
+                with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER) as table:
+                    for batch in table.iter_batches(batch_size=_BATCH, columns=used):
+                        yield from batch.to_pylist()
+
+        undecoded = {name: datasets.Image(decode=False) for name in columns.pictures()}
+        kinds = datasets.Features({name: features[name] for name in used} | undecoded)
+        settings = {"files": [str(file) for file in files]}
+        stream: Iterable[Mapping[str, Any]] = datasets.IterableDataset.from_generator(
+            rows, features=kinds, gen_kwargs=settings
+        )
+        return stream
+
     names = (f"{name}:{row}" for name, count in counts.items() for row in range(count))
-    # A row group is often the whole file; without these it would be in memory as a whole.
-    slowly = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-    stream = datasets.load_dataset(
-        "parquet",
-        data_files={"train": [str(file) for file in files]},
-        split="train",
-        streaming=True,
-        batch_size=_BATCH,
-        fragment_scan_options=slowly,
-    )
-    return read_rows(Rows(str(source.path), stream, names), source, mask, progress)
+    return read_rows(Rows(str(source.path), features, opened, names), source, mask, progress)
 
 
 def read_hub(
@@ -123,8 +120,16 @@ def open_dataset(name: str, root: str, source: Pictures) -> Rows:
             stream = stream._resolve_features()  # of CSV and the like: read from the first rows
     except Exception as error:  # every layer below has errors of its own
         raise UserError(_why(error)) from error
+
+    def opened(columns: Columns) -> Iterable[Mapping[str, Any]]:
+        found = stream.select_columns(columns.used())
+        for column in columns.pictures():
+            found = found.cast_column(column, datasets.Image(decode=False))
+        undecoded: Iterable[Mapping[str, Any]] = found
+        return undecoded
+
     names = (f"{source.split}:{row}" for row in range(2**62))
-    return Rows(name, stream, names, root)
+    return Rows(name, stream.features, opened, names, root)
 
 
 def _why(error: Exception) -> str:
@@ -167,71 +172,6 @@ def _row_counts(files: list[Path]) -> tuple[dict[str, int], list[Finding]]:
     return counts, faults
 
 
-# Columns
-
-
-def choose_columns(features: Mapping[str, Any], source: Pictures, mask: bool) -> Columns:
-    """Return which column is what. Raises UserError where that is unclear, listing the columns.
-
-    features: of `datasets`, by column. mask: whether masks are wanted.
-    """
-    kinds = {name: _kind(feature) for name, feature in features.items()}
-    told = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
-    image = _image_column(kinds, source.image_column, told)
-    captions = caption_column(kinds, source.caption_column, told)
-    masks = [c for c in _picture_columns(kinds) if c != image and _is_mask(c)]
-    if mask and len(masks) > 1:
-        raise UserError(f"masks may be in {' or '.join(masks)}; keep one of them")
-    found = Columns(
-        image,
-        captions,
-        tuple(more_captions(kinds, captions)) if captions else (),
-        masks[0] if mask and masks else None,
-        "weight" if "weight" in kinds else None,
-        "split" if "split" in kinds and source.path is not None else None,
-        (),
-    )
-    return replace(found, unused=tuple(name for name in kinds if name not in found.used()))
-
-
-def _kind(feature: Any) -> str:
-    """Return what a column holds, in a word: "picture", "binary", "string" ..."""
-    import datasets
-
-    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
-        return "picture"
-    kind = str(getattr(feature, "dtype", type(feature).__name__))
-    return "binary" if "binary" in kind else kind
-
-
-def _is_mask(column: str) -> bool:
-    return column == "mask" or column.startswith("mask_")
-
-
-def _picture_columns(kinds: Mapping[str, str]) -> list[str]:
-    return [name for name, kind in kinds.items() if kind in ("picture", "binary")]
-
-
-def _image_column(kinds: Mapping[str, str], asked: str | None, told: str) -> str:
-    if asked is not None:
-        if asked not in kinds:
-            hint = did_you_mean(asked, kinds)
-            raise UserError(f'there is no image_column "{asked}"{hint}; the columns are: {told}')
-        if kinds[asked] not in ("picture", "binary"):
-            raise UserError(
-                f'the image_column "{asked}" holds {kinds[asked]} and no pictures (links and file '
-                f"names are not followed); the columns are: {told}"
-            )
-        return asked
-    able = [name for name in _picture_columns(kinds) if not _is_mask(name)]
-    found = [name for name in able if kinds[name] == "picture"] or able
-    if not found:
-        raise UserError(f"no column holds pictures; the columns are: {told}")
-    if len(found) > 1:
-        raise UserError(f"pictures may be in {' or '.join(found)}; name one as image_column")
-    return found[0]
-
-
 # Rows
 
 
@@ -239,19 +179,13 @@ def read_rows(
     rows: Rows, source: Pictures, mask: bool, progress: Callable[[str], object] | None
 ) -> tuple[list[Record], list[Finding]]:
     """Return a record a row, its picture kept as a file, and what is to be told."""
-    import datasets
-
     try:
-        columns = choose_columns(rows.stream.features, source, mask)
+        columns = choose_columns(rows.features, source, mask)
     except UserError as error:
         return [], [fault(rows.where, str(error))]
-    stream = rows.stream.select_columns(columns.used())
-    for column in (columns.image, columns.mask):
-        if column is not None:
-            stream = stream.cast_column(column, datasets.Image(decode=False))
-    taken = _Taken(rows, columns, source.split, Spool())
+    taken = _Taken(rows, columns, source.split, mask)
     try:
-        for name, row in zip(rows.names, stream, strict=False):
+        for name, row in zip(rows.names, rows.open(columns), strict=False):
             taken.take(name, row)
             if progress is not None:
                 progress(name)
@@ -267,8 +201,9 @@ def read_rows(
 class _Taken:
     """What was taken of a table so far."""
 
-    def __init__(self, rows: Rows, columns: Columns, split: str, spool: Spool) -> None:
-        self.rows, self.columns, self.split, self.spool = rows, columns, split, spool
+    def __init__(self, rows: Rows, columns: Columns, split: str, mask: bool) -> None:
+        self.rows, self.columns, self.split, self.mask = rows, columns, split, mask
+        self.spool = Spool()
         self.records: list[Record] = []
         self.findings: list[Finding] = []
         self.seen = 0
@@ -278,10 +213,11 @@ class _Taken:
         """Make a record of a row, or note its fault."""
         self.seen += 1
         columns = self.columns
-        its_split = (row.get(columns.split) if columns.split else None) or "train"
-        if columns.split and its_split != self.split:
-            self.other_split[str(its_split)] = self.other_split.get(str(its_split), 0) + 1
-            return
+        if columns.split:
+            its_split = str(row[columns.split] or "train")
+            if its_split != self.split:
+                self.other_split[its_split] = self.other_split.get(its_split, 0) + 1
+                return
         try:
             captions: tuple[str, ...] = ()
             if columns.captions and row[columns.captions] is not None:
@@ -321,11 +257,12 @@ class _Taken:
         for split, count in sorted(self.other_split.items()):
             text = f'{count:,} rows of the split "{split}" are not used'
             self.findings.append(Finding("note", "other-split", text))
-        if not self.seen or (self.other_split and not self.records):
-            there = f"; there are: {', '.join(sorted(self.other_split))}" if self.seen else ""
-            what = f'no row of the split "{self.split}"{there}' if there else "no rows"
-            if not any(finding.severity == "error" for finding in self.findings):
-                self.findings.append(fault(where, what))
+        if not self.seen and not self.findings:
+            self.findings.append(fault(where, "no rows"))
+        if self.seen and self.seen == sum(self.other_split.values()):
+            there = ", ".join(sorted(self.other_split))
+            what = f'no row of the split "{self.split}"; there are: {there}'
+            self.findings.append(fault(where, what))
         told = [f"{columns.image} (pictures)"]
         told += [f"{name} (captions)" for name in (columns.captions, *columns.more) if name]
         told += [f"{columns.mask} (masks)"] * bool(columns.mask)
@@ -337,11 +274,22 @@ class _Taken:
             severity: Severity = "note" if columns.captions else "warning"
             finding = Finding(severity, "unused-columns", text, columns.unused, advice)
             self.findings.append(finding)
+        self._tell_masks()
         without = [r.name for r in self.records if not r.captions] if columns.captions else []
         if without:
             text = "rows without a caption, which the template captions"
             self.findings.append(Finding("warning", "no-caption", text, tuple(without)))
         self.findings += self.spool.told()
+
+    def _tell_masks(self) -> None:
+        if not self.mask or not self.records:
+            return
+        if all(record.mask is None for record in self.records):
+            what = "data.mask is set, but there are no masks here; give them in a column `mask`"
+            self.findings.append(fault(self.rows.where, what))
+        elif without := [record.name for record in self.records if record.mask is None]:
+            text = "no mask, so the whole picture is trained"
+            self.findings.append(Finding("warning", "no-mask", text, tuple(without)))
 
 
 def _fetch(path: str, root: str) -> bytes:
