@@ -83,6 +83,19 @@ def test_what_another_process_wrote_is_found(tmp_path: Path) -> None:
     assert cache.hits == 10
 
 
+def test_a_disk_with_a_coarse_clock_hides_nothing(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    with cache.using():
+        cache.keep("latents", "first", lambda: {"x": torch.ones(1)})
+    stamp = (tmp_path / "latents").stat().st_mtime_ns
+    cache.keep("latents", "second", lambda: {"x": torch.ones(1)})  # lists the folder
+    with Cache(tmp_path).using() as other:
+        other.keep("latents", "third", lambda: {"x": torch.ones(1)})
+    os.utime(tmp_path / "latents", ns=(stamp, stamp))  # as if in the same tick
+    cache.keep("latents", "third", dict)
+    assert (cache.hits, cache.misses) == (1, 2)
+
+
 def test_a_killed_writer_leaves_only_whole_entries(tmp_path: Path) -> None:
     process = start(tmp_path, 1, 1000, 0.002)
     assert process.stdout

@@ -149,12 +149,15 @@ def test_only_its_own_files_are_touched(tmp_path: Path) -> None:
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     put(elsewhere, "latents", "a", 0)
     (tmp_path / "linked").symlink_to(elsewhere / "latents")
+    drawn = Cache(elsewhere).keep_file("pictures", "ef" * 32, ".png", lambda: b"1")
+    (tmp_path / "pictures" / "ef").symlink_to(drawn.parent)
     kinds = [usage.kind for usage in Cache(tmp_path).usage()]
     assert kinds == ["latents", "latents (old format)", "pictures", "unfinished"]
     Cache(tmp_path).prune(max_bytes=0)
     assert not [path for path in mine if path.exists()]
     assert all(path.exists() for path in others)
     assert shards(elsewhere)
+    assert drawn.exists()
 
 
 def used_part(path: Path) -> Path:

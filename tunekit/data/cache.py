@@ -151,8 +151,6 @@ class Cache:
             upkeep.bound(self.root, self._say)
         with shared(self.root, self._say):
             self._users += 1
-            if self._users == 1:
-                self._forget()  # another process may have cleared it until now
             try:
                 yield self
             finally:
@@ -173,13 +171,7 @@ class Cache:
         Raises UserError while anybody uses the cache, and where files cannot be removed.
         """
         self.flush()
-        pruned = upkeep.prune(self.root, max_bytes, older_than_seconds)
-        self._forget()
-        return pruned
-
-    def _forget(self) -> None:
-        for shelf in self._shelves.values():
-            shelf.forget()
+        return upkeep.prune(self.root, max_bytes, older_than_seconds)
 
     def flush(self) -> None:
         """Write what is still held. Raises UserError where it cannot be written."""

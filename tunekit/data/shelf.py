@@ -66,7 +66,7 @@ class Shelf:
                 try:
                     return self._read(key, *place)
                 except FileNotFoundError:
-                    self.forget()
+                    self._forget()
                 except DamagedError as error:
                     self._mend(place[0], key, str(error))
 
@@ -82,7 +82,7 @@ class Shelf:
                 try:
                     return self._read(key, *place).tensors()
                 except FileNotFoundError:  # mended by another process, or taken away
-                    self.forget()
+                    self._forget()
                 except DamagedError as error:
                     path = self.folder / place[0]
                     raise UserError(
@@ -118,13 +118,6 @@ class Shelf:
             blocks, self._pending = self._pending, {}
             self._write(blocks)
 
-    def forget(self) -> None:
-        """Look at the disk anew at the next question."""
-        with self._lock:
-            self._shards.clear()
-            self._index.clear()
-            self._listed = None
-
     def _write(self, blocks: dict[str, Block]) -> None:
         name = f"shard-{secrets.token_hex(8)}.safetensors"
         try:
@@ -151,13 +144,18 @@ class Shelf:
             return
         except OSError as error:
             raise unusable(self.folder, error) from error
-        # A change in the same tick of the disk's clock would not be seen: then list again.
-        self._listed = stamp if time.time() - stamp / 1e9 > _COARSE else None
         if self._shards - names:  # an entry may also stand in a shard that is still there
-            self._shards.clear()
-            self._index.clear()
+            self._forget()
         for name in sorted(names - self._shards - self._damaged):
             self._open(name)
+        # A change in the same tick of the disk's clock would not be seen: then list again.
+        self._listed = stamp if time.time() - stamp / 1e9 > _COARSE else None
+
+    def _forget(self) -> None:
+        """Look at the disk anew at the next question."""
+        self._shards.clear()
+        self._index.clear()
+        self._listed = None
 
     def _open(self, name: str) -> None:
         path = self.folder / name
@@ -208,7 +206,7 @@ class Shelf:
         if whole:
             self._write(whole)
         remove(path)
-        self.forget()
+        self._forget()
 
 
 def is_shard(name: str) -> bool:
