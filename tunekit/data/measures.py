@@ -5,8 +5,9 @@ some contrast the variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) is 
 variance of the grey values, so that neither contrast nor brightness counts; the mean of the
 sharpest tenth of the tiles is the picture's detail, so that a blurred background does not count
 either. It is measured with the short edge at 64, 128, 256 and 512 pixels, since what is blurred at
-1024 pixels may be sharp at 256. Sharp photographs and drawings reach 1 to 20; a Gaussian blur of
-one pixel leaves 0.1 to 1, of two pixels less than 0.15.
+1024 pixels may be sharp at 256. Sharp photographs and drawings reach 1 to 20, the more the smaller
+they are; a Gaussian blur of two pixels leaves 0.03 to 0.13 at 512 pixels, 0.05 to 0.2 at 256 and
+0.2 to 0.5 at 64.
 
 **Likeness** finds copies. The perceptual hash has 63 bits: which of the 8 x 8 lowest frequencies
 (of the cosine transform of 32 x 32 grey values) are above their median; the mirrored picture's hash
@@ -21,7 +22,7 @@ decides as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,23 +97,23 @@ def _at_edge(grey: Image.Image, edge: int) -> Image.Image:
     if short <= edge:
         return grey
     width, height = (max(edge, round(side * edge / short)) for side in grey.size)
-    return grey.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
+    return grey.resize((width, height), Image.Resampling.HAMMING, reducing_gap=3)
 
 
 def _detail(grey: Image.Image) -> float | None:
     import numpy as np
 
-    values = np.asarray(grey, dtype=np.float32)
+    values = np.asarray(grey, dtype=np.int16)
     if min(values.shape) < 3:
         return None
     inner = values[1:-1, 1:-1]
     laplacian = values[1:-1, :-2] + values[1:-1, 2:] + values[:-2, 1:-1] + values[2:, 1:-1]
     laplacian -= 4 * inner
     edge = max(4, min(values.shape) // _TILES)
-    contrast = _tiles(inner, edge)
+    contrast = _tiles(inner.astype(np.float32), edge)
     if not contrast.size:
         return None
-    change = _tiles(laplacian, edge)
+    change = _tiles(laplacian.astype(np.float32), edge)
     for least in (_CONTRAST, _LITTLE_CONTRAST):
         told = contrast >= least
         if told.any():
@@ -124,10 +125,20 @@ def _detail(grey: Image.Image) -> float | None:
 def _tiles(values: np.ndarray[Any, Any], edge: int) -> np.ndarray[Any, Any]:
     """Return the variance in each whole tile of `edge` pixels."""
     rows, columns = values.shape[0] // edge, values.shape[1] // edge
-    tiles = values[: rows * edge, : columns * edge].reshape(rows, edge, columns, edge)
-    mean = tiles.mean(axis=(1, 3), keepdims=True)
-    variance: np.ndarray[Any, Any] = ((tiles - mean) ** 2).mean(axis=(1, 3)).ravel()
-    return variance
+    whole = values[: rows * edge, : columns * edge]
+    # Sums over tiles as products with a matrix of ones and zeros: several times faster.
+    down, across = _ones(rows, edge).T, _ones(columns, edge)
+    mean = down @ whole @ across
+    variance: np.ndarray[Any, Any] = down @ (whole * whole) @ across - mean * mean
+    return variance.ravel()
+
+
+@lru_cache(maxsize=32)
+def _ones(tiles: int, edge: int) -> np.ndarray[Any, Any]:
+    """Return what averages over tiles: [tiles * edge, tiles], 1 / edge where a pixel is inside."""
+    import numpy as np
+
+    return np.repeat(np.eye(tiles, dtype=np.float32) / edge, edge, axis=0)
 
 
 @cache
