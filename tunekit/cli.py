@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from tunekit import cli_data
+from tunekit.cli_options import AsJson, Overrides, RecipeFile, print_json
 from tunekit.errors import UserError
 
 app = typer.Typer(
@@ -19,24 +21,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would take longer to import than plain help takes to print
 )
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a .yaml file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Other values for keys of the recipe, such as train.steps=500.",
-        show_default=False,
-    ),
-]
 # A disk that is full or may not be written to is for the user to mend, whoever ran into it.
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
+LATEST = "latest"
 
 
 def main() -> NoReturn:
     """Run the command line. A user's fault is told in plain lines on stderr, with exit code 2."""
+    from tunekit.interrupts import Interrupted
+
     try:
-        app()
+        app(_with_latest(sys.argv[1:]))
+    except Interrupted as exc:
+        typer.echo(str(exc), err=True)
+        sys.exit(exc.exit_code)
     except UserError as exc:
         typer.echo(str(exc), err=True)
     except OSError as exc:
@@ -48,18 +46,23 @@ def main() -> NoReturn:
     sys.exit(2)
 
 
+def _with_latest(arguments: list[str]) -> list[str]:
+    """Return the arguments with `--resume` as `--resume LATEST` where no checkpoint follows it."""
+    words: list[str] = []
+    for number, word in enumerate(arguments):
+        words.append(word)
+        after = arguments[number + 1] if number + 1 < len(arguments) else "-"
+        if word == "--resume" and (after.startswith("-") or "=" in after):
+            words.append(LATEST)
+    return words
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         import tunekit
 
         typer.echo(tunekit.__version__)
         raise typer.Exit
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.callback()
@@ -83,15 +86,34 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run that is there already.")
     ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[CHECKPOINT]",
+            help="Go on with the run that is there, from its last checkpoint or the one named.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Resume though the recipe is another one.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Teach what a recipe says. The adapter, samples, scores and a report stay in a folder."""
     from tunekit.progress import OnScreen
     from tunekit.run import train
 
-    run = train(recipe, overrides or (), out=out, overwrite=overwrite, reporter=OnScreen())
+    run = train(
+        recipe,
+        overrides or (),
+        out=out,
+        overwrite=overwrite,
+        reporter=OnScreen(),
+        resume=resume is not None if resume in (None, LATEST) else resume,
+        allow_changed=allow_changed,
+    )
     if as_json:
-        _print_json(run.as_dict())
+        print_json(run.as_dict())
     else:
         typer.echo("\n".join(run.lines()))
 
@@ -125,7 +147,12 @@ def schema(
     else:
         from tunekit.recipe import json_schema
 
-        _print_json(json_schema())
+        print_json(json_schema())
+
+
+app.command()(cli_data.inspect)
+app.command()(cli_data.caption)
+app.add_typer(cli_data.cache, name="cache")
 
 
 @app.command()
@@ -214,7 +241,7 @@ def generate(
     )
     if as_json:
         pictures = [str(path) for path in made.pictures]
-        _print_json({"folder": str(made.folder), "pictures": pictures, "grid": str(made.grid)})
+        print_json({"folder": str(made.folder), "pictures": pictures, "grid": str(made.grid)})
     else:
         typer.echo(str(made.grid))
 
@@ -229,7 +256,7 @@ def info(
 
     described = describe(file)
     if as_json:
-        _print_json(described.as_dict())
+        print_json(described.as_dict())
     else:
         typer.echo("\n".join(described.lines()))
 
@@ -241,7 +268,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     report = examine()
     if as_json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
     else:
         typer.echo("\n".join(report.lines()))
     raise typer.Exit(0 if report.ok else 1)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunekit import prior as prior_pictures
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,18 +20,23 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunekit.adapters import Adapter
-    from tunekit.data import Cache, DataSheet, EncodedDataset
+    from tunekit.data import Batch, Cache, DataSheet, EncodedDataset, Example
     from tunekit.evaluation.measure import Question, Reference
     from tunekit.families import Family
     from tunekit.families.base import Description
     from tunekit.inference import DrawSettings
     from tunekit.progress import Reporter, Ticker
     from tunekit.recipe import Recipe
+    from tunekit.schema import Data, Train
 
 
 @dataclass
 class Prepared:
-    """What a run starts from. `idle` are the components that training itself does not use."""
+    """What a run starts from.
+
+    idle: the components that training itself does not use. keepers: pictures of the class that
+    are trained beside those of the subject; prior: the same, encoded; weight: of their loss.
+    """
 
     device: torch.device
     resolution: int
@@ -41,6 +47,17 @@ class Prepared:
     adapter: Adapter
     idle: tuple[str, ...]
     notes: list[str]
+    keepers: tuple[Example, ...] = ()
+    prior: EncodedDataset | None = None
+    weight: float = 1.0
+
+    def batches(self, settings: Train) -> Callable[[int, int], list[Batch]]:
+        """Return ``(step, micro) -> batches``: the subject's, and the class's beside it."""
+        size, micros = settings.batch_size, settings.gradient_accumulation
+        rows = [self.dataset.batches(size, micros)]
+        if self.prior is not None:
+            rows.append(prior_pictures.weighted(self.prior.batches(size, micros), self.weight))
+        return lambda step, micro: [row(step, micro) for row in rows]
 
     def references(self) -> tuple[list[Reference], list[Reference]]:
         """Return the training pictures and the held-out ones, cut as training cuts them."""
@@ -127,10 +144,31 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
         reporter.note(note)
     names = tuple(family.text_encoders)
     learns = recipe.adapter.trains_text_encoder()
-    dataset = _encode(recipe, family, sheet, cache or Cache(say=reporter.note), reporter)
+    cache = cache or Cache(say=reporter.note)
+    with cache.using():
+        encode = _encoder(recipe, family, sheet.multiple, cache, reporter)
+        dataset = encode(sheet.examples, recipe.data, resolutions)
+        prior: EncodedDataset | None = None
+        keepers: list[Example] = []
+        if recipe.data.prior is not None:
+            keepers = prior_pictures.examples(recipe.data, family, resolutions[0], reporter)
+            prior = encode(keepers, prior_pictures.section(recipe.data), resolutions[:1])
     adapter = adapters.get(recipe.adapter.kind).attach(family, recipe.adapter, recipe.train.seed)
     idle = ("vae",) if learns else ("vae", *names)
-    return Prepared(device, resolutions[0], sheet, held_out, family, dataset, adapter, idle, notes)
+    return Prepared(
+        device,
+        resolutions[0],
+        sheet,
+        held_out,
+        family,
+        dataset,
+        adapter,
+        idle,
+        notes,
+        tuple(keepers),
+        prior,
+        recipe.data.prior.weight if recipe.data.prior else 1.0,
+    )
 
 
 def _sheet(
@@ -200,9 +238,10 @@ def _cut_prompts(recipe: Recipe, family: Family) -> list[str]:
     ]
 
 
-def _encode(
-    recipe: Recipe, family: Family, sheet: DataSheet, cache: Cache, reporter: Reporter
-) -> EncodedDataset:
+def _encoder(
+    recipe: Recipe, family: Family, multiple: int, cache: Cache, reporter: Reporter
+) -> Callable[[Sequence[Example], Data, Sequence[int]], EncodedDataset]:
+    """Return what encodes examples, by the settings of a data section, at some resolutions."""
     from tunekit.data import EncodedDataset, fingerprint
 
     encoders, settings = family.text_encoders, recipe.train
@@ -212,24 +251,29 @@ def _encode(
         for key, tensor in encoder.state_dict().items()
     }
     configs = map(_config, encoders.values())
-    with cache.using():
+    pictures = fingerprint(family.vae.state_dict(), family.name, _config(family.vae))
+    texts = fingerprint(weights, family.name, family.tokenization(), *configs)
+
+    def encode(
+        examples: Sequence[Example], data: Data, resolutions: Sequence[int]
+    ) -> EncodedDataset:
         return EncodedDataset.encode(
-            sheet.examples,
-            recipe.data,
-            resolution=sheet.resolutions,
-            multiple=sheet.multiple,
+            examples,
+            data,
+            resolution=resolutions,
+            multiple=multiple,
             seed=settings.seed,
             encode_image=family.encode_image,
-            image_fingerprint=fingerprint(
-                family.vae.state_dict(), family.name, _config(family.vae)
-            ),
+            image_fingerprint=pictures,
             encode_prompt=None if recipe.adapter.trains_text_encoder() else family.encode_prompt,
-            text_fingerprint=fingerprint(weights, family.name, family.tokenization(), *configs),
+            text_fingerprint=texts,
             batch_size=settings.batch_size,
             batches=settings.steps * settings.gradient_accumulation,
             cache=cache,
             stage=reporter.stage,
         )
+
+    return encode
 
 
 def _config(module: nn.Module) -> str:

@@ -9,8 +9,8 @@ goes on where it was, a larger `count` draws only what is missing, and other run
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from tunekit.data.records import Example
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
+    from tunekit.data.dataset import Batch
     from tunekit.families import Family
     from tunekit.inference import DrawSettings, Painter
     from tunekit.progress import Reporter
@@ -81,16 +82,38 @@ def examples(data: Data, family: Family, resolution: int, reporter: Reporter) ->
     return _drawn(data, prior, family, resolution, reporter)
 
 
-def _taken(data: Data, prior: Prior, reporter: Reporter) -> list[Example]:
-    from tunekit.data.sheet import preflight
+def section(data: Data) -> Data:
+    """Return the data section of the class's own pictures: shapes as the subject's, words plain."""
     from tunekit.schema_source import Captions
 
-    words = Captions(template=prior.prompts)
-    sheet = preflight(
-        data.model_copy(
-            update={"source": prior.source, "captions": words, "mask": None, "prior": None}
-        )
+    assert data.prior is not None
+    return data.model_copy(
+        update={
+            "source": data.prior.source or str(cache_root() / KIND),
+            "captions": Captions(template=data.prior.prompts),
+            "mask": None,
+            "prior": None,
+        }
     )
+
+
+def weighted(batches: Callable[[int, int], Batch], weight: float) -> Callable[[int, int], Batch]:
+    """Return the batches of the class's pictures, marked as such, their losses times `weight`."""
+
+    def batch(step: int, micro: int) -> Batch:
+        import torch
+
+        plain = batches(step, micro)
+        own = torch.ones(len(plain.names)) if plain.weights is None else plain.weights
+        return replace(plain, weights=own * weight, prior=True)
+
+    return batch
+
+
+def _taken(data: Data, prior: Prior, reporter: Reporter) -> list[Example]:
+    from tunekit.data.sheet import preflight
+
+    sheet = preflight(section(data))
     taught = [e.name for e in sheet.examples if any(holds(c, data.trigger) for c in e.captions)]
     if taught:
         raise UserError(

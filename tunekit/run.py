@@ -23,10 +23,12 @@ from tunekit.runwriter import REPORT, SAMPLES, SCORES, Log, RunWriter
 if TYPE_CHECKING:
     from tunekit.evaluation.measure import Evaluation
     from tunekit.export import ExportedFile
+    from tunekit.interrupts import Wish
     from tunekit.preparation import Prepared
     from tunekit.progress import Reporter
+    from tunekit.resume import Point
     from tunekit.samples import Samples
-    from tunekit.train import StepRecord
+    from tunekit.train import Loop, StepRecord
 
 __all__ = ["Run", "train"]
 
@@ -77,32 +79,60 @@ def train(
     out: Path | str | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    resume: bool | Path | str = False,
+    allow_changed: bool = False,
 ) -> Run:
     """Teach what a recipe says, and return the finished run.
 
     recipe: a file, a mapping with a recipe's keys, or a Recipe. overrides: ``KEY=VALUE`` texts.
     out: the run's folder, by default ``runs/NAME``. overwrite: replace a run that is there.
-    reporter: who is told of the progress; None: bars or lines on stderr.
+    reporter: who is told of the progress; None: bars or lines on stderr. resume: go on with the
+    run that stands there, from its last checkpoint (True) or from this one; the result is bit for
+    bit that of a run never stopped. allow_changed: even where the recipe is not the one it was
+    started with.
 
+    SIGTERM and Ctrl-C end a run in training after the step in hand, saved, with Interrupted.
     Raises UserError for whatever the user can mend, and where it can be known beforehand then with
     nothing written; TrainingError where the numbers break down; ExportError where the adapter file
     fails its verification, then with scores and report written, so that one can see why.
     """
+    from tunekit.data import Cache
+    from tunekit.interrupts import heard
     from tunekit.preparation import prepare, quietly
     from tunekit.progress import OnScreen
 
     began = time.monotonic()
     resolved = recipe_from(recipe, overrides)
     writer = RunWriter(Path(out) if out is not None else RUNS / resolved.name)
-    writer.check(overwrite)
+    point = _point(writer, resolved, overwrite, resume, allow_changed)
     reporter = reporter or OnScreen()
-    with quietly():
-        prepared = prepare(resolved, reporter)
-        session = _Session(resolved, writer, reporter, prepared)
+    cache = Cache(say=reporter.note)
+    with quietly(), heard(reporter.note) as wish, cache.using():
+        prepared = prepare(resolved, reporter, cache)
+        session = _Session(resolved, writer, reporter, prepared, wish, point)
         writer.check_space(session.space_needed())
         session.seconds["preparing"] = time.monotonic() - began
-        with writer.claim(overwrite):
+        with writer.claim(overwrite, point.step if point else None):
             return session.run()
+
+
+def _point(
+    writer: RunWriter, recipe: Recipe, overwrite: bool, resume: bool | Path | str, allowed: bool
+) -> Point | None:
+    """Return where a run goes on, None for one that begins; UserError where it may do neither."""
+    from tunekit.errors import UserError
+    from tunekit.resume import find
+
+    if resume is False:
+        if allowed:
+            raise UserError("--allow-changed belongs to --resume")
+        writer.check(overwrite)
+        return None
+    if overwrite:
+        raise UserError("--overwrite starts a run afresh and --resume goes on with it: take one")
+    writer.check(overwrite=False, resume=True)
+    wanted = None if resume is True else Path(resume)
+    return find(writer.path, wanted, recipe, allowed, finished=writer.finished())
 
 
 @dataclass
@@ -113,6 +143,8 @@ class _Session:
     writer: RunWriter
     reporter: Reporter
     prepared: Prepared
+    wish: Wish
+    point: Point | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     samples: Samples = field(init=False)
     parameters: int = field(init=False)
@@ -125,6 +157,7 @@ class _Session:
         drawing = drawing_of(self.recipe, self.prepared.resolution)
         self.samples = Samples(self.writer.path / SAMPLES, self.question, drawing)
         self.parameters = self.prepared.adapter.parameter_count()
+        self.start = self.point.step if self.point else 0
 
     def space_needed(self) -> int:
         """Return about how many bytes the run will write: checkpoints, export, pictures."""
@@ -140,7 +173,7 @@ class _Session:
         self.writer.write_text(RECIPE, dump_yaml(self.recipe))
         files: list[ExportedFile] = []
         refused: ExportError | None = None
-        with Log(self.writer.path) as log:
+        with Log(self.writer.path, self.start if self.point else None) as log:
             with self._timed("training"):
                 self._train(log)
             with self._timed("exporting"):
@@ -166,34 +199,57 @@ class _Session:
         return Run(self.writer.path, self.recipe, evaluation.scores, files)
 
     def _train(self, log: Log) -> None:
-        from tunekit.evaluation.charts import Smoother
-        from tunekit.train import train as loop
+        from tunekit.train import Loop
 
         settings, ready = self.recipe.train, self.prepared
-        batches = ready.dataset.batches(settings.batch_size, settings.gradient_accumulation)
-        learns = ready.adapter.trains_text_encoder
-        encode = ready.family.encode_prompt if learns else None
-        if settings.sample_every:
+        encode = ready.family.encode_prompt if ready.adapter.trains_text_encoder else None
+        loop = Loop(ready.family, ready.adapter, settings, encode=encode)
+        if self.point is not None:
+            self._take_up(self.point, loop)
+        elif settings.sample_every:
             self._sample(0, log)
         ready.family.release(*ready.idle)
+        if self.start < settings.steps:
+            with self.wish.patiently():
+                self._steps(loop, log)
+
+    def _take_up(self, point: Point, loop: Loop) -> None:
+        """Be where the run was when `point` was saved."""
+        loop.load_state(point.saved.tensors)
+        self.samples.recall(point.step)
+        note = f"went on from {point.folder.name}; times are those of the last part alone"
+        self.prepared.notes.append(note)
+        self.reporter.note(f"{self.writer.path}: {note}")
+
+    def _steps(self, loop: Loop, log: Log) -> None:
+        from tunekit.evaluation.charts import Smoother
+        from tunekit.interrupts import Interrupted
+
+        settings, ready = self.recipe.train, self.prepared
         smooth = Smoother.over(settings.steps)
-        with self.reporter.stage("training", settings.steps) as tick:
-            for record in loop(ready.family, ready.adapter, batches, settings, encode=encode):
-                last = record.step == settings.steps
+        with self.reporter.stage("training", settings.steps - self.start) as tick:
+            for record in loop.run(ready.batches(settings), self.start):
+                last, asked = record.step == settings.steps, self.wish.number
                 if last or record.step % settings.log_every == 0:
                     log.step(record)
-                if last or _due(record.step, settings.checkpoint_every):
-                    self._save(record.step)
+                if last or asked or _due(record.step, settings.checkpoint_every):
+                    self._save(record.step, loop)
+                if asked and not last:
+                    raise Interrupted(
+                        f"stopped after step {record.step} of {settings.steps}, which is saved; "
+                        f"the same command with --resume goes on",
+                        asked,
+                    )
                 if last or _due(record.step, settings.sample_every):
                     self._sample(record.step, log)
                     ready.family.release(*ready.idle)
                 tick(_told(record, smooth(record.loss)))
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, loop: Loop) -> None:
         from tunekit import checkpoint
 
         folder = self.writer.path / CHECKPOINTS / f"step-{step:06d}"
-        checkpoint.save(folder, {"adapter": self.prepared.adapter.state()}, {"step": step})
+        checkpoint.save(folder, loop.state(), {"step": step})
 
     def _sample(self, step: int, log: Log) -> None:
         from tunekit.inference import Painter
@@ -225,7 +281,7 @@ class _Session:
         ready, base = self.prepared, self.recipe.base
         before = load(base, device=ready.device)
         if files:
-            del ready.family, ready.adapter, ready.dataset  # make room for fresh ones
+            del ready.family, ready.adapter  # make room for fresh ones
             gc.collect()
             after = load(base, [files[0].path], device=ready.device)
         else:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 METRICS, SCORES, REPORT = "metrics.jsonl", "scores.json", "report.html"
 SAMPLES, BOARD, LOCK = "samples", "tb", ".lock"
 _NOTHING = contextlib.nullcontext()
+_STEP = re.compile(r"step-(\d+)")
 OURS = frozenset({RECIPE, METRICS, SCORES, REPORT, SAMPLES, CHECKPOINTS, EXPORT, BOARD, LOCK})
 
 
@@ -49,11 +51,11 @@ class RunWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def check(self, overwrite: bool) -> None:
+    def check(self, overwrite: bool, resume: bool = False) -> None:
         """Raise UserError where a run may not be written here; writes nothing itself.
 
-        A finished and an unfinished run both need `overwrite`; a folder with files that no run
-        wrote is refused with it too.
+        A finished and an unfinished run both need `overwrite` or `resume`; a folder with files that
+        no run wrote is refused with them too.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; name a folder for the run with --out")
@@ -68,27 +70,33 @@ class RunWriter:
                 f"{self.path}: holds {', '.join(strange[:3])}, which no run wrote; "
                 "name another folder with --out"
             )
-        if not overwrite and set(found) - {LOCK}:
+        if not (overwrite or resume) and set(found) - {LOCK}:
+            going_on = "" if self.finished() else "--resume goes on with it, "
             raise UserError(
-                f"{self.path}: holds {self.state()}; --overwrite replaces it, --out names another "
-                "folder"
+                f"{self.path}: holds {self.state()}; {going_on}--overwrite replaces it, --out "
+                "names another folder"
             )
+
+    def finished(self) -> bool:
+        """Return whether the run here came to its report."""
+        return (self.path / REPORT).exists()
 
     def state(self) -> str:
         """Return what is here in words."""
-        if (self.path / REPORT).exists():
+        if self.finished():
             return "a finished run"
         steps = checkpoint.steps(self.path / CHECKPOINTS)
         reached = f"its last checkpoint is {steps[-1].name}" if steps else "it has no checkpoint"
         return f"an unfinished run ({reached})"
 
     @contextlib.contextmanager
-    def claim(self, overwrite: bool) -> Iterator[None]:
+    def claim(self, overwrite: bool, resume_at: int | None = None) -> Iterator[None]:
         """Make the folder, hold its lock, and empty it of a former run.
 
-        Raises UserError as `check` does, and where another process holds the folder.
+        resume_at: the step after which a run goes on; what was written up to it stays. Raises
+        UserError as `check` does, and where another process holds the folder.
         """
-        self.check(overwrite)
+        self.check(overwrite, resume_at is not None)
         with _disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("ab+", buffering=0)
@@ -100,7 +108,7 @@ class RunWriter:
             with _disk_errors(self.path):
                 lock.truncate(0)
                 lock.write(f"{os.getpid()}\n".encode())
-                self._clear()
+                self._clear(resume_at)
             try:
                 yield
             finally:
@@ -120,8 +128,19 @@ class RunWriter:
             "another folder with --out"
         )
 
-    def _clear(self) -> None:
-        for name in sorted(OURS - {LOCK}):
+    def _clear(self, resume_at: int | None) -> None:
+        """Remove what a former run left, or, where it goes on, what it left after that step."""
+        kept = set() if resume_at is None else {METRICS, SAMPLES, CHECKPOINTS, BOARD}
+        if resume_at is not None:
+            later = [
+                path
+                for parent, pattern in ((SAMPLES, "step-*"), (CHECKPOINTS, "step-*"))
+                for path in (self.path / parent).glob(pattern)
+                if (found := _STEP.match(path.name)) and int(found[1]) > resume_at
+            ]
+            for path in later:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in sorted(OURS - {LOCK} - kept):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -175,11 +194,16 @@ class Log:
 
     `lines` are the steps written so far, as they stand in the file. Whatever writes raises
     UserError with the path where the disk refuses.
+
+    after: the step after which a run goes on, whose lines up to there are kept; None: a new run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.lines: list[dict[str, float | None]] = []
+    def __init__(self, folder: Path, after: int | None = None) -> None:
         self._metrics, self._events = folder / METRICS, folder / BOARD
+        self._after = after
+        self.lines: list[dict[str, float | None]] = []
+        if after is not None:
+            self.lines = [line for line in _lines(self._metrics) if line["step"] <= after]
 
     def __enter__(self) -> Self:
         from torch.utils.tensorboard import SummaryWriter
@@ -187,9 +211,14 @@ class Log:
         self._hook, threading.excepthook = threading.excepthook, self._heard
         try:
             with _disk_errors(self._events):
-                self._board = SummaryWriter(str(self._events))
+                # A later point of the former run would stand beside ours in every curve.
+                purge = None if self._after is None else self._after + 1
+                self._board = SummaryWriter(str(self._events), purge_step=purge)
             with _disk_errors(self._metrics):
-                self._file = self._metrics.open("w", encoding="utf-8")
+                partial = self._metrics.with_name(f".{METRICS}.partial")
+                partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+                partial.replace(self._metrics)
+                self._file = self._metrics.open("a", encoding="utf-8")
         except BaseException:
             threading.excepthook = self._hook
             raise
@@ -259,3 +288,23 @@ class Log:
                 for kind in ("score", "closed", "change"):
                     if values.get(kind) is not None:
                         board.add_scalar(f"scores/{name}_{kind}", values[kind], step)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the steps that a former run logged; the last line may have been cut by its end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    found = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not (isinstance(value, dict) and type(value.get("step")) is int):
+            raise UserError(f"{path}:{number}: is no step that a run logged; is the file damaged?")
+        found.append(value)
+    return found

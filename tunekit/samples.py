@@ -52,6 +52,18 @@ class Samples:
         save_png(sheet, self.folder / f"{who}.png", about)
         return sheet
 
+    def recall(self, last: int) -> None:
+        """Take up what a run drew up to step `last`, before it was stopped, from its folder."""
+        from PIL import Image
+
+        for sheet in sorted(self.folder.glob("step-*.png")):
+            step = int(sheet.stem.removeprefix("step-"))
+            for timeline in self.timelines:
+                path = self.folder / picture_name(sheet.stem, timeline.prompt, timeline.seed)
+                if step <= last and path.exists():
+                    with Image.open(path) as picture:
+                        timeline.pictures.append((step, picture.convert("RGB")))
+
     def before_after(self, pairs: Sequence[Pair]) -> Path:
         """Keep one picture to show around: the base above, what was trained below, a seed each."""
         shown = [pair for pair in pairs if pair.seed == self.seed]

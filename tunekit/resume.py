@@ -1,0 +1,108 @@
+"""Going on with a run that was stopped: from which checkpoint, and under the same recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunekit import checkpoint
+from tunekit.errors import UserError
+from tunekit.recipe import Recipe
+from tunekit.runfolder import CHECKPOINTS, RunFolder
+
+# What may differ from the run that was stopped, since nothing that is learned depends on it.
+FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every")
+# What the saved tensors belong to: another value makes them meaningless.
+FIXED = ("base", "adapter", "train.optimizer")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run goes on: a checkpoint, read and verified, after `step` finished steps."""
+
+    folder: Path
+    step: int
+    saved: checkpoint.Checkpoint
+
+
+def find(
+    run: Path, wanted: Path | None, recipe: Recipe, allow_changed: bool, finished: bool
+) -> Point:
+    """Return the checkpoint of `run` to go on from: `wanted`, or the last one.
+
+    wanted: a checkpoint folder, or its name such as step-000200. finished: whether the run has its
+    report; one that was stopped after its last step still lacks it. Raises UserError where there is
+    none, where it is damaged (naming the file and the checkpoint before it), where the recipe
+    differs from the run's and `allow_changed` is not set (naming every key), where it differs in
+    what the saved tensors belong to, and where the checkpoint is past the last step.
+    """
+    former = RunFolder.open(run)
+    folder = _folder(former, wanted)
+    _compare(former.recipe, recipe, allow_changed)
+    try:
+        saved = checkpoint.read(folder)
+    except UserError as error:
+        earlier = [path for path in checkpoint.steps(run / CHECKPOINTS) if path.name < folder.name]
+        offer = f"; the one before is --resume {earlier[-1]}" if earlier else ""
+        raise UserError(f"{error}{offer}") from None
+    step = saved.meta.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise UserError(f"{folder}: does not say after which step it was saved")
+    steps = recipe.train.steps
+    if step > steps or (step == steps and finished):
+        raise UserError(
+            f"{folder}: was saved after step {step}, and train.steps is {steps}: nothing is left "
+            "to train; raise train.steps to go on"
+        )
+    return Point(folder, step, saved)
+
+
+def _folder(run: RunFolder, wanted: Path | None) -> Path:
+    known = checkpoint.steps(run.path / CHECKPOINTS)
+    if wanted is None:
+        if not known:
+            raise UserError(
+                f"{run.path}: has no checkpoint to go on from; --overwrite starts it afresh"
+            )
+        return known[-1]
+    if wanted.is_dir():
+        inside = wanted.resolve().parent == (run.path / CHECKPOINTS).resolve()
+        if not inside:
+            raise UserError(f"{wanted}: is no checkpoint of {run.path}")
+        return wanted
+    return run.checkpoint(wanted.name)
+
+
+def _compare(former: Recipe, recipe: Recipe, allow_changed: bool) -> None:
+    changed = {
+        key: values
+        for key, values in _differences(
+            former.model_dump(mode="json"), recipe.model_dump(mode="json")
+        )
+        if key not in FREE
+    }
+    lines = [f"  {key}: {old} -> {new}" for key, (old, new) in changed.items()]
+    fixed = [key for key in changed if any(key == f or key.startswith(f"{f}.") for f in FIXED)]
+    if fixed:
+        raise UserError(
+            f"a run cannot go on with another {', '.join(fixed)}: start a new one (--out)\n"
+            + "\n".join(lines)
+        )
+    if changed and not allow_changed:
+        raise UserError(
+            "the recipe is not the one this run was started with; --allow-changed goes on with it "
+            "all the same (the result is then that of neither):\n" + "\n".join(lines)
+        )
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], at: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for key in sorted({*old, *new}):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now, f"{at}{key}.")
+        elif was != now:
+            yield f"{at}{key}", (was, now)
