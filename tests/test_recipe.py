@@ -100,7 +100,7 @@ train:
   lr: 1e-4
   batch_size: "8"
   optimizer: adam
-  min_snr_gamma: .inf
+  objective: {min_snr_gamma: .inf}
   betas: [0.9]
 evaluate:
   prompts: []
@@ -119,8 +119,8 @@ colour: blue
         r'bad.yaml:15: train.stepz: unknown key \(did you mean "steps"\?\)',
         r'bad.yaml:16: train.lr: unknown key \(did you mean "learning_rate"\?\)',
         r'bad.yaml:17: train.batch_size: must be a whole number, not "8" \(without the quotes: 8\)',
-        r'bad.yaml:18: train.optimizer: must be adamw, not "adam" \(did you mean "adamw"\?\)',
-        r"bad.yaml:19: train.min_snr_gamma: must be a finite number, not Infinity",
+        r'bad.yaml:18: train.optimizer: must be adamw, .* not "adam" \(did you mean "adamw"\?\)',
+        r"bad.yaml:19: train.objective.min_snr_gamma: must be a finite number, not Infinity",
         r"bad.yaml:20: train.betas: has too few items: \[0.9\]",
         r"bad.yaml:22: evaluate.prompts: must not be empty",
         r'bad.yaml:23: evaluate.seeds.1: must be a whole number, not "x"',
@@ -244,7 +244,7 @@ def test_overrides_take_numbers_lists_sections_and_plain_text(folder: Path) -> N
             "data.captions.template={trigger} {class} # 1: of its kind",
             "evaluate.negative_prompt=",
             "data.trigger='007'",
-            "train.min_snr_gamma=null",
+            "train.objective.min_snr_gamma=null",
         ],
     )
     assert recipe.train.learning_rate == 3e-4
@@ -443,7 +443,7 @@ def test_any_value_survives_writing_and_reading(
                 "captions": {"template": caption},
             },
             "adapter": {"kind": "lora"},
-            "train": {"learning_rate": rate, "min_snr_gamma": gamma},
+            "train": {"learning_rate": rate, "objective": {"min_snr_gamma": gamma}},
             "evaluate": {"seeds": seeds, "negative_prompt": negative},
         }
     )

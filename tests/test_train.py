@@ -88,9 +88,13 @@ class TestReproducibility:
         self, load_tiny: Load, adapter: dict[str, Any]
     ) -> None:
         torch.manual_seed(1)
-        first, records = run(load_tiny, adapter, noise_offset=0.05, min_snr_gamma=5.0)
+        first, records = run(
+            load_tiny, adapter, objective={"noise_offset": 0.05, "min_snr_gamma": 5.0}
+        )
         torch.manual_seed(2)
-        second, again = run(load_tiny, adapter, noise_offset=0.05, min_snr_gamma=5.0)
+        second, again = run(
+            load_tiny, adapter, objective={"noise_offset": 0.05, "min_snr_gamma": 5.0}
+        )
         assert_equal(first, second)
         assert untimed(records) == untimed(again)
 
@@ -114,7 +118,11 @@ class TestReproducibility:
         """Step 2's loss, from the definition: the noise and timesteps hang on the seed alone."""
         family = load_tiny("sd", prediction_type="v_prediction")
         adapter, pictures = attach(family), Pictures(family)
-        chosen = settings(learning_rate=0.0, seed=11, min_snr_gamma=gamma, noise_offset=offset)
+        chosen = settings(
+            learning_rate=0.0,
+            seed=11,
+            objective={"min_snr_gamma": gamma, "noise_offset": offset},
+        )
         record = list(train(family, adapter, pictures, chosen))[2]
         t = diffusion.sample_timesteps(family.schedule, 4, seeding.generator(11, "timesteps", 2))
         x = pictures.latents
@@ -151,13 +159,13 @@ class TestAccumulation:
     def test_parts_equal_the_whole_batch(
         self, load_tiny: Load, size: int, gamma: float | None
     ) -> None:
-        whole, records = run(load_tiny, min_snr_gamma=gamma)
+        whole, records = run(load_tiny, objective={"min_snr_gamma": gamma})
         parts, again = run(
             load_tiny,
             size=size,
             batch_size=size,
             gradient_accumulation=4 // size,
-            min_snr_gamma=gamma,
+            objective={"min_snr_gamma": gamma},
         )
         for one, other in zip(records, again, strict=True):
             assert one.loss == pytest.approx(other.loss, rel=1e-5)

@@ -18,11 +18,12 @@ RateKey = Literal["learning_rate", "text_encoder_learning_rate"]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate, which stands in the recipe under the key `rate`."""
+    """Parameters that share a learning rate: `scale` times what the recipe's key `rate` says."""
 
     name: str
     parameters: Sequence[nn.Parameter]
     rate: RateKey = "learning_rate"
+    scale: float = 1.0
 
 
 def peak_rate(train: Train, rate: RateKey) -> float:
@@ -43,10 +44,10 @@ def build_optimizer(train: Train, groups: Sequence[ParameterGroup]) -> Optimizer
     assert train.optimizer == "adamw", train.optimizer
     return torch.optim.AdamW(
         [
-            {"params": list(g.parameters), "lr": peak_rate(train, g.rate), "name": g.name}
+            {"params": list(g.parameters), "lr": peak_rate(train, g.rate) * g.scale, "name": g.name}
             for g in groups
         ],
-        betas=train.betas,
+        betas=train.betas or (0.9, 0.999),
         weight_decay=train.weight_decay,
         # One kernel for all tensors: an adapter is hundreds of small ones.
         fused=True,

@@ -26,6 +26,7 @@ _WANTED = {
     "string_type": "text",
     "tuple_type": "a list",
     "model_type": "a section of keys",
+    "dict_type": "a section of keys",
     "model_attributes_type": "a section of keys",
 }
 _BOUNDS = {

@@ -13,7 +13,13 @@ from tunekit.schema import PROMPTS
 Schema = Mapping[str, Any]
 
 _HEAD = "| key | value | default | meaning | elsewhere called |\n|---|---|---|---|---|"
-_WORDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false"}
+_WORDS = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true, false",
+    "object": "names and values",
+}
 
 
 def markdown() -> str:

@@ -7,14 +7,22 @@ marks what may be a path: it is looked for from the working directory, then from
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from tunekit.schema_data import Data as Data
-from tunekit.section import Decay, Precision, Seed, Template, distinct, holds_path
+from tunekit.schema_train import Train as Train
+from tunekit.section import Precision, Seed, Template, distinct, holds_path
 from tunekit.section import Section as Section
 from tunekit.section import also as also
+
+Layout = Literal["diffusers", "kohya"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+"""Every naming of adapter files, that of the recommended file first."""
+Layouts = Annotated[
+    tuple[Layout, ...], Field(strict=False, min_length=1), AfterValidator(distinct)
+]
 
 BUNDLED = "toybox"
 """The name of the models that come with the package."""
@@ -72,146 +80,6 @@ class Base(Section):
     trust_remote_code: bool = Field(
         False, description="Whether code inside a model folder may run. Only for folders you trust."
     )
-
-
-def _quarter(values: dict[str, Any]) -> int:
-    """Four times in a run, by default."""
-    steps = values.get("steps")
-    return -(-steps // 4) if isinstance(steps, int) else 1
-
-
-class Train(Section):
-    """How is it trained?"""
-
-    steps: int = Field(
-        400,
-        ge=1,
-        le=10_000_000,
-        description="Optimizer steps, 1 to 10,000,000.",
-        json_schema_extra=also("max_train_steps", "max_steps", "num_steps", "iterations"),
-    )
-    batch_size: int = Field(
-        4,
-        ge=1,
-        le=4096,
-        description="Pictures per forward pass, 1 to 4096.",
-        json_schema_extra=also("train_batch_size", "bs"),
-    )
-    gradient_accumulation: int = Field(
-        1,
-        ge=1,
-        le=4096,
-        description="Forward passes per optimizer step, 1 to 4096; a step sees batch_size times "
-        "this many pictures.",
-        json_schema_extra=also("gradient_accumulation_steps"),
-    )
-    learning_rate: float = Field(
-        1e-4,
-        ge=0,
-        le=10,
-        description="Peak learning rate of what trains in the denoiser, 0 to 10.",
-        json_schema_extra=also("lr", "unet_lr"),
-    )
-    text_encoder_learning_rate: float | None = Field(
-        None,
-        ge=0,
-        le=10,
-        description="Peak learning rate of what trains in the text encoder, 0 to 10; null: the "
-        "same as learning_rate.",
-        json_schema_extra=also("text_encoder_lr", "te_lr"),
-    )
-    optimizer: Literal["adamw"] = Field(
-        "adamw", description="The optimizer.", json_schema_extra=also("optimizer_type")
-    )
-    weight_decay: float = Field(
-        0.01,
-        ge=0,
-        le=10,
-        description="Decoupled weight decay, 0 to 10.",
-        json_schema_extra=also("adam_weight_decay"),
-    )
-    betas: tuple[Decay, Decay] = Field(
-        (0.9, 0.999),
-        strict=False,
-        description="The optimizer's two moment decays, each in 0 to 1 (1 excluded).",
-        json_schema_extra=also("adam_beta1", "adam_beta2", "adam_betas"),
-    )
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant",
-        description="The learning rate after the warm-up: held, or lowered to 0 at the last step "
-        "along a cosine or a line.",
-        json_schema_extra=also("lr_scheduler", "scheduler", "lr_schedule"),
-    )
-    warmup_steps: int = Field(
-        0,
-        ge=0,
-        description="Steps over which the learning rate rises from 0; fewer than steps.",
-        json_schema_extra=also("lr_warmup_steps", "warmup"),
-    )
-    max_grad_norm: float = Field(
-        1.0,
-        ge=0,
-        description="Gradients are scaled down to this norm where they exceed it; 0: never.",
-        json_schema_extra=also("clip_grad_norm", "grad_clip", "gradient_clip_val"),
-    )
-    precision: Precision = Field(
-        "fp32",
-        description="Number format of the forward and backward pass. fp16 and bf16 need a "
-        "processor that has them to be fast; what trains is always held in fp32.",
-        json_schema_extra=also("mixed_precision"),
-    )
-    seed: Seed = Field(0, description="Decides every random number of the run, 0 to 2^63 - 1.")
-    min_snr_gamma: float | None = Field(
-        None,
-        gt=0,
-        description="Loss weight min(SNR, gamma) / SNR per timestep (Hang et al. 2023), above 0, "
-        "usually 5; null: every timestep weighs the same.",
-        json_schema_extra=also("snr_gamma"),
-    )
-    noise_offset: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Strength of a constant added to each channel's noise, 0 to 1, usually 0 to "
-        "0.1; helps very dark and very bright pictures.",
-    )
-    log_every: int = Field(
-        1,
-        ge=1,
-        description="Steps between lines in metrics.jsonl and TensorBoard.",
-        json_schema_extra=also("logging_steps", "log_interval"),
-    )
-    sample_every: int = Field(
-        default_factory=_quarter,
-        ge=0,
-        description="Steps between sample grids, at most steps; there is always one after the last "
-        "step. 0: only that one. Default: four in a run.",
-        json_schema_extra=also("sample_every_n_steps", "validation_steps"),
-    )
-    checkpoint_every: int = Field(
-        default_factory=_quarter,
-        ge=0,
-        description="Steps between checkpoints, at most steps; there is always one after the last "
-        "step. 0: only that one. Default: four in a run.",
-        json_schema_extra=also("checkpointing_steps", "save_every", "save_every_n_steps"),
-    )
-
-    @field_validator("warmup_steps", "sample_every", "checkpoint_every")
-    @classmethod
-    def _within_steps(cls, value: int, info: ValidationInfo) -> int:
-        steps = info.data.get("steps")
-        if steps is None:
-            return value
-        if info.field_name == "warmup_steps" and value >= steps:
-            raise ValueError(
-                f"{value} is not fewer than steps ({steps}): the full rate would never be reached"
-            )
-        if value > steps:
-            raise ValueError(
-                f"{value} is more than steps ({steps}) and would never come round; "
-                "0 means after the last step only"
-            )
-        return value
 
 
 def _prompts(values: dict[str, Any]) -> tuple[str, ...]:
@@ -296,11 +164,10 @@ class Export(Section):
         description="Number format of the exported tensors.",
         json_schema_extra=also("save_precision", "save_dtype"),
     )
-    layouts: Annotated[tuple[Literal["diffusers"], ...], AfterValidator(distinct)] = Field(
-        ("diffusers",),
-        strict=False,
-        min_length=1,
-        description="Whose naming the files follow, one file each.",
+    layouts: Layouts | None = Field(
+        None,
+        description="Whose naming the files follow, one file each: `diffusers`, or `kohya` (which "
+        "ComfyUI, sd-scripts and A1111 read); null: every one that carries what was trained.",
         json_schema_extra=also("save_format", "format"),
     )
 
@@ -316,3 +183,13 @@ class AdapterSettings(Section):
     def trains_text_encoder(self) -> bool:
         """Return whether these settings train anything in a text encoder."""
         return False
+
+    def layout_fault(self, layout: str) -> str | None:
+        """Return why `layout` cannot carry what these settings train; None where it can."""
+        return None
+
+    def layouts(self, chosen: tuple[Layout, ...] | None = None) -> tuple[Layout, ...]:
+        """Return the layouts to export in: `chosen`, or every one that carries these settings."""
+        if chosen is not None:
+            return chosen
+        return tuple(name for name in LAYOUTS if self.layout_fault(name) is None)

@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,14 @@ class Loop:
         self._set_rates = build_schedule(settings, self.optimizer)
         self._encode = encode
 
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return everything that later steps depend on: float CPU tensors, in sets by name."""
+        return {"adapter": self.adapter.state()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take up what `state` returned. Raises UserError where it does not fit."""
+        self.adapter.load_state(state["adapter"])
+
     def run(self, batches: Batches, start: int = 0) -> Iterator[StepRecord]:
         """Yield a record for each step from `start` (0 is the first) on."""
         for step in range(start, self.settings.steps):
@@ -210,7 +218,7 @@ class Loop:
                 diffusion.sample_noise(
                     tuple(latents.shape[1:]),
                     self._generator(f"{one.kind}noise/{one.first + i}", step),
-                    settings.noise_offset,
+                    settings.objective.noise_offset,
                 )
                 for i in range(len(latents))
             ]
@@ -221,7 +229,7 @@ class Loop:
             conditioning = self._encode(batch.captions) if self._encode else batch.conditioning
             prediction = family.predict(noisy, timesteps, conditioning)
         wanted = diffusion.target(family.schedule, latents, noise, timesteps)
-        weights = diffusion.loss_weights(family.schedule, timesteps, settings.min_snr_gamma)
+        weights = diffusion.loss_weights(family.schedule, timesteps, settings.objective.min_snr_gamma)
         if batch.weights is not None:
             weights = weights * batch.weights.to(family.device)
         mask = batch.mask.to(family.device) if batch.mask is not None else None
