@@ -159,6 +159,13 @@ def test_captions_lists_and_rows_without(table: Table) -> None:
     )
 
 
+def test_files_beside_each_other_keep_their_names(table: Table, shard: Shard) -> None:
+    paths = [table(image=[picture(1)], text=["a"]), shard({"k.png": picture(2)})]
+    found = read([Pictures(path=str(path)) for path in paths])
+    assert [r.name for r in found.records] == ["a.parquet:0", "a.tar/k"]
+    assert "columns that are read: a.parquet/image (pictures)" in told(found)
+
+
 def test_which_column_is_never_guessed(table: Table) -> None:
     both = table(image=[picture()], photo=[picture()], text=["a"])
     assert look(both).faults == [

@@ -77,7 +77,7 @@ def read(
     for source, label in zip(sources, labels, strict=True):
         records, findings = _read_one(source, mask, progress)
         if len(sources) > 1:
-            records = [replace(r, name=f"{label}/{r.name}") for r in records]
+            records = [replace(r, name=_under(label, r.name)) for r in records]
             findings = [_labelled(finding, label, source) for finding in findings]
         parts.append(records)
         found.findings += findings
@@ -196,10 +196,16 @@ def _labels(sources: Sequence[Pictures]) -> list[str]:
     return labels
 
 
+def _under(label: str, name: str) -> str:
+    """Return a name with its source's label in front; a file's own rows bear it already."""
+    is_file = label.endswith((".parquet", ".tar"))
+    return name if is_file and name.startswith((f"{label}:", f"{label}/")) else f"{label}/{name}"
+
+
 def _labelled(finding: Finding, label: str, source: Pictures) -> Finding:
     """Put the source's label before the names of a finding about its files."""
     whole = _named(source)
-    names = tuple(name if name == whole else f"{label}/{name}" for name in finding.names)
+    names = tuple(name if name == whole else _under(label, name) for name in finding.names)
     return replace(finding, names=names) if names else replace(finding, names=(label,))
 
 
