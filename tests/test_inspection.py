@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tunekit.cli import main
 from tunekit.errors import UserError
 from tunekit.inspection import Inspection, inspect
 from tunekit.recipe_source import RecipeError
@@ -257,3 +259,22 @@ def test_the_bundled_recipes_have_nothing_to_object_to(name: str) -> None:
     found = inspect(ROOT / "recipes" / f"{name}.yaml")
     assert not codes(found)
     assert not codes(found, "warning")
+
+
+def test_the_verb_prints_json_saves_the_page_and_says_by_its_exit_code_what_training_would(
+    paint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: object) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["tunekit", "inspect", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, capsys.readouterr().out
+
+    paint("p/a.png", 1)
+    page = tmp_path / "sheet.html"
+    code, out = run(tmp_path / "p", "--resolution", 64, "--json", "--html", page)
+    assert (code, json.loads(out)["ok"]) == (0, True)
+    assert "1 picture, nothing to object to" in page.read_text()
+    code, out = run(tmp_path / "p")
+    assert code == 2
+    assert "a.png: 96x96 is smaller than the resolution of 512" in out

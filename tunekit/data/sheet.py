@@ -228,7 +228,10 @@ def examine(
         if progress:
             progress(done, len(read.records))
     found += [Finding("note", "converted", text, tuple(names)) for text, names in remarks.items()]
-    found += checks.words(examples, data)
+    words = checks.words(examples, data)
+    if any(finding.code == "missing-caption" for finding in words):
+        found = [f for f in found if f.code != "no-caption"]  # a table's word for the same
+    found += words
     if cut_words:
         found += checks.cut_captions(examples, cut_words)
     found += checks.blank(examples, looks) + checks.duplicates(examples, looks)
