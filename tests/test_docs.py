@@ -162,6 +162,9 @@ class Reader:
         if verb == "train":
             self.train(rest, before)
             return
+        if verb == "caption" and any(re.match(r"(model|clip)=[\w.-]+/", word) for word in rest):
+            assert "download" in before, f"{words}: say that the model is downloaded"
+            return
         if verb == "generate":
             rest = [self.checkpoint(rest, word) for word in rest] + ["--steps", "1", "--count", "1"]
         code, out = self.say(verb, *rest)
