@@ -16,7 +16,8 @@ from tunekit import families, modelcard
 from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.data.captions import expand, fill
 from tunekit.errors import UserError
-from tunekit.verification import Parity, VerificationError, compare, make_probe, measure
+from tunekit.loading import VerificationError, read_by_diffusers
+from tunekit.verification import Parity, compare, make_probe, measure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,11 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A verified adapter file. `parity`: what verification measured on it."""
+    """A verified adapter file.
+
+    parity: what verification measured on it. diffusers: whether diffusers' own loader reads it;
+    where not, `tunekit.load` does.
+    """
 
     path: Path
     layout: str
@@ -45,6 +50,7 @@ class ExportedFile:
     bytes: int
     sha256: str
     parity: Parity
+    diffusers: bool
 
 
 def export_adapter(
@@ -68,14 +74,14 @@ def export_adapter(
     out_dir.mkdir(parents=True, exist_ok=True)
     resolution = (*recipe.data.resolutions, family.default_resolution)[0]
     done = []
-    for layout in recipe.export.layouts:
+    for layout in recipe.adapter.layouts(recipe.export.layouts):
         tensors, described = adapter.export_state(layout)
         path = out_dir / f"{recipe.name}-{layout}.safetensors"
         cast = cast_tensors(tensors, recipe.export.dtype, path.name)
         metadata = modelcard.file_metadata(
             recipe, family.facts(), described, resolution, count=pictures
         )
-        parity = _write_verified(path, cast, metadata, recipe, family)
+        parity = _write_verified(path, cast, metadata, recipe, (family, adapter))
         done.append(
             ExportedFile(
                 path=path,
@@ -85,6 +91,7 @@ def export_adapter(
                 bytes=path.stat().st_size,
                 sha256=sha256(path),
                 parity=parity,
+                diffusers=read_by_diffusers(cast),
             )
         )
     write_card(recipe, done, resolution, scores)
@@ -128,7 +135,10 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: str, name: str) -> dict[s
                 f"{name}: {key} holds NaN or infinite numbers: the training broke down; "
                 "take an earlier checkpoint, or train again with a lower learning rate"
             )
-        cast[key] = tensor.to(kind)
+        # Numbers that stand for the strength of many others, and a magnitude, of which a small part
+        # was learned: both are few, and rounding them would move a whole module.
+        whole = key.endswith((".alpha", "magnitude_vector"))
+        cast[key] = tensor.to(torch.float32 if whole else kind)
         if not bool(cast[key].isfinite().all()):
             raise ExportError(
                 f"{name}: {key} reaches {float(tensor.abs().max()):g}, more than {dtype} can hold; "
@@ -142,13 +152,13 @@ def _write_verified(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     recipe: Recipe,
-    trained: Family,
+    trained: tuple[Family, Adapter],
 ) -> Parity:
     pending = path.with_name(f"{path.stem}{_PENDING}{path.suffix}")
     write_safetensors(pending, tensors, metadata)
     try:
         _read_back(pending, tensors, metadata)
-        parity = verify(pending, recipe, trained)
+        parity = verify(pending, recipe, *trained)
     except VerificationError as fault:
         rejected = path.with_name(f"{path.name}{_REJECTED}")
         pending.replace(rejected)
@@ -171,16 +181,16 @@ def _read_back(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             raise VerificationError("read back", f"{key} differs from what was written")
 
 
-def verify(path: Path, recipe: Recipe, trained: Family) -> Parity:
-    """Load the file at `path` into a fresh base by diffusers' own code and compare what it does.
+def verify(path: Path, recipe: Recipe, trained: Family, adapter: Adapter) -> Parity:
+    """Load the file at `path` into a fresh base, as `tunekit.loading` does, and compare.
 
-    trained: the recipe's base with the trained adapter attached. Raises VerificationError, naming
+    trained: the recipe's base with the trained `adapter` attached. Raises VerificationError, naming
     the first check that fails: every tensor of the file taken up, every module's weights changed as
     trained, the prediction equal within the formats' precision, and different from the base's.
     """
     fresh = families.load(recipe.base, trained.device)
     probe = make_probe(fresh, _probe_prompts(recipe), recipe.train.seed)
-    reference = measure(trained, probe)
+    reference = measure(trained, adapter, probe)
     return compare(path, fresh, probe, reference, recipe.export.dtype, recipe.base.dtype)
 
 

@@ -31,7 +31,8 @@ _SPELLINGS = {
     "dora_scale": "magnitude",
     "alpha": "alpha",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
-    **{name: name for name in ("hada_t1", "hada_t2", "lokr_t2", "oft_blocks", "oft_R", "diff")},
+    **{name: name for name in ("hada_t1", "hada_t2", "lokr_t2", "oft_blocks", "oft_R")},
+    **{name: name for name in ("diff", "diff_b")},
     **{f"lokr_w{n}{part}": f"lokr_w{n}{part}" for n in (1, 2) for part in ("", "_a", "_b")},
 }
 _KEY = re.compile(
@@ -112,7 +113,7 @@ def _dimensions(factor: str) -> tuple[int, ...]:
 
 _PAIRS = (
     ("down", "up"),
-    *((f"{kind}_w{n}_b", f"{kind}_w{n}_a") for kind in ("hada", "lokr") for n in (1, 2)),
+    *((f"{start}w{n}_b", f"{start}w{n}_a") for start in ("hada_", "lokr_") for n in (1, 2)),
 )
 
 
@@ -135,6 +136,9 @@ def _rank(path: Path, name: str, parts: Mapping[str, Tensor]) -> int | None:
 def _norm(parts: Mapping[str, Tensor]) -> float | None:
     """Return the Frobenius norm of the weight change without alpha, or None where unknown."""
     wide = {factor: tensor.double() for factor, tensor in parts.items()}
+    whole = [wide[factor] for factor in ("diff", "diff_b") if factor in wide]
+    if whole:
+        return math.hypot(*(float(tensor.norm()) for tensor in whole))
     if {"down", "up"} <= parts.keys():
         pointwise = all(size == 1 for size in wide["up"].shape[2:])  # else a chain of kernels
         return _product_norm(wide["up"], wide["down"]) if pointwise else None
@@ -161,7 +165,9 @@ def _product_norm(up: Tensor, down: Tensor) -> float:
 
 
 def _kind(parts: Mapping[str, Tensor]) -> str:
-    for start, kind in (("hada", "LoHa"), ("lokr", "LoKr"), ("oft", "OFT"), ("diff", "full")):
+    if "oft_blocks" in parts and parts["oft_blocks"].ndim == 4:
+        return "BOFT"
+    for start, kind in (("hada_", "LoHa"), ("lokr_", "LoKr"), ("oft_", "OFT"), ("diff", "whole")):
         if any(factor.startswith(start) for factor in parts):
             return kind
     return "DoRA" if "magnitude" in parts else "LoRA"

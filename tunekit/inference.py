@@ -21,11 +21,11 @@ from tunekit.data.captions import fill
 from tunekit.errors import UserError
 from tunekit.export import sha256
 from tunekit.families.base import PromptCutWarning
+from tunekit.loading import VerificationError, load_file, peft_layers, undisturbed
 from tunekit.modelcard import portable
 from tunekit.pictures import grid, read_settings, save_png
 from tunekit.runfolder import RECIPE, RunFolder
 from tunekit.schema import BUNDLED, Base
-from tunekit.verification import VerificationError, adapter_layers, load_by_diffusers, undisturbed
 
 if TYPE_CHECKING:
     import torch
@@ -298,7 +298,7 @@ def load(
             setter(scale)
 
     set_scale(1.0)
-    for layer in adapter_layers(family).values():
+    for layer in peft_layers(family).values():
         layer.set_adapter(list(layer.scaling), inference_mode=True)
     return Painter(family, set_scale, [_described(path, weight) for path, weight in pairs])
 
@@ -345,16 +345,10 @@ def _put(family: Family, number: int, path: Path, weight: float) -> Callable[[fl
         return lambda scale: adapter.set_scale(scale * weight)
     name = f"tunekit_file_{number}"
     try:
-        load_by_diffusers(family, path, name)
+        loaded = load_file(family, path, name)
     except VerificationError as fault:
         raise UserError(f"{path}: {fault.said}") from fault
-    layers = [layer for layer in adapter_layers(family).values() if name in layer.scaling]
-
-    def set_scale(scale: float) -> None:
-        for layer in layers:
-            layer.set_scale(name, scale * weight)
-
-    return set_scale
+    return lambda scale: loaded.set_scale(scale * weight)
 
 
 def _described(path: Path, weight: float) -> dict[str, JsonValue]:

@@ -184,7 +184,8 @@ def _suspicious(
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.double().isfinite().all())  # 8-bit formats cannot tell themselves
+    whole = tensor if tensor.is_complex() else tensor.double()  # 8-bit formats cannot tell
+    return bool(whole.isfinite().all())
 
 
 def _narrow(parts: Mapping[str, Tensor]) -> int:

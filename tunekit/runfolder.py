@@ -67,7 +67,7 @@ class RunFolder:
 
         Raises UserError where the run has not finished, or its export was refused.
         """
-        layout = self.recipe.export.layouts[0]
+        layout = self.recipe.adapter.layouts(self.recipe.export.layouts)[0]
         path = self.path / EXPORT / f"{self.recipe.name}-{layout}.safetensors"
         if path.is_file():
             return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunekit.errors import UserError
@@ -63,6 +63,13 @@ class Adapter(ABC):
 
         float32 CPU tensors that share no memory with what trains, whatever `set_scale` says.
         Raises UserError for a layout that cannot carry this kind or this family.
+        """
+
+    @abstractmethod
+    def changes(self) -> dict[str, Callable[[], Tensor]]:
+        """Return what gives the present change of each weight: float32 on the CPU, of its shape.
+
+        Under "component.module" for a module's weight and "component.module.bias" for its bias.
         """
 
     @abstractmethod

@@ -7,15 +7,15 @@ computes W x + (alpha / rank) B A x; A starts random, B at zero, so nothing chan
 from __future__ import annotations
 
 import math
-import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from tunekit import seeding
-from tunekit.adapters.base import Adapter, match_modules
+from tunekit.adapters import _starts
+from tunekit.adapters._peft import NAME, PeftAdapter, Plan, Ranked
 from tunekit.errors import UserError
-from tunekit.optim import ParameterGroup
 from tunekit.schema import AdapterSettings, also
 
 if TYPE_CHECKING:
@@ -25,37 +25,33 @@ if TYPE_CHECKING:
 
     from tunekit.families.base import Family
 
-_NAME = "tunekit"  # what peft calls this adapter inside the modules
-Preset = Literal["attention", "attention+mlp", "full"]
-Patterns = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+_STARTED = ("pissa", "olora")  # these add something to the weight from the start on
+_MAGNITUDE = "lora_magnitude_vector"
 
 
-class LoraSettings(AdapterSettings):
+class LoraSettings(Ranked):
     """What `adapter: {kind: lora}` takes."""
 
     kind: Literal["lora"] = Field("lora", description="Low-rank adaptation (LoRA).")
-    rank: int = Field(
-        16,
-        ge=1,
-        le=1024,
-        description="Rank of the change to each weight, 1 to 1024: how much can be learned, and "
-        "the size of the file.",
-        json_schema_extra=also("r", "dim", "network_dim", "lora_rank", "linear"),
+    dora: bool = Field(
+        False,
+        description="Whether each output's magnitude learns apart from its direction (DoRA, Liu "
+        "et al. 2024). Only files in the diffusers layout draw it as it was trained.",
+        json_schema_extra=also("use_dora", "dora_wd", "weight_decompose"),
     )
-    alpha: float | None = Field(
-        None,
-        gt=0,
-        le=4096,
-        description="The change is multiplied with alpha / rank, above 0 to 4096; null: alpha = "
-        "rank. Exported files have this multiplied in.",
-        json_schema_extra=also("lora_alpha", "network_alpha", "linear_alpha"),
+    rslora: bool = Field(
+        False,
+        description="Whether the change is multiplied with alpha / sqrt(rank) in place of alpha / "
+        "rank (rsLoRA, Kalajdzievski 2023), so that high ranks learn as fast as low ones. "
+        "Exported so that every client draws it right.",
+        json_schema_extra=also("use_rslora", "rs_lora", "rank_stabilized"),
     )
-    targets: Preset | Patterns = Field(
-        "attention",
-        description="Which weights of the denoiser change: `attention`, `attention+mlp`, `full` "
-        "(these and the convolutions), or a list of regular expressions for the ends of module "
-        "names, such as [attn2.to_k, attn2.to_v].",
-        json_schema_extra=also("target_modules", "lora_layers", "network_args"),
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = Field(
+        "default",
+        description="Where the factors start: `default` (A as a layer's weights, B zero), "
+        "`gaussian` (A normal, B zero), `pissa` or `olora` (in the weight's own strongest "
+        "directions), `orthogonal` (both random, product zero; an even rank).",
+        json_schema_extra=also("init_lora_weights", "init_weights"),
     )
     dropout: float = Field(
         0.0,
@@ -65,201 +61,243 @@ class LoraSettings(AdapterSettings):
         "(1 excluded).",
         json_schema_extra=also("lora_dropout", "network_dropout"),
     )
-    text_encoder: bool = Field(
-        False,
-        description="Whether the text encoder learns too, at train.text_encoder_learning_rate.",
-        json_schema_extra=also("train_text_encoder", "network_train_text_encoder"),
+    rank_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the ranks left out of each layer and picture in training, 0 to 1 "
+        "(1 excluded); the others are strengthened to make up for them.",
     )
-    text_encoder_rank: int | None = Field(
-        None,
+    loraplus_ratio: float = Field(
+        1.0,
         ge=1,
-        le=1024,
-        description="Rank in the text encoder, 1 to 1024, at the same alpha / rank; null: as rank.",
-        json_schema_extra=also("text_encoder_dim"),
-    )
-    text_encoder_targets: Preset | Patterns | None = Field(
-        None,
-        description="Which weights of the text encoder change, as targets; null: the preset of "
-        "targets, or `attention` where that is a list.",
+        le=1000,
+        description="How many times the learning rate B learns at (LoRA+, Hayou et al. 2024), 1 "
+        "to 1000, usually 16.",
+        json_schema_extra=also("loraplus_lr_ratio", "lora_plus_ratio"),
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for field in ("targets", "text_encoder_targets"):
-            value = getattr(self, field)
-            for pattern in value if isinstance(value, tuple) else ():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(
-                        f'{field}: "{pattern}" is not a regular expression: {error}'
-                    ) from None
-        if not self.text_encoder:
-            for field in ("text_encoder_rank", "text_encoder_targets"):
-                if getattr(self, field) is not None:
-                    raise ValueError(f"{field} is set, but text_encoder is false")
+    def _suits(self) -> Self:
+        if self.dora and self.init in _STARTED:
+            raise ValueError(
+                f"init {self.init} starts beside the weight and dora learns the magnitude of both "
+                "together, which no file holds: choose init default or gaussian, or dora false"
+            )
+        if self.dora and self.rank_dropout:
+            raise ValueError(
+                "rank_dropout is not computed with dora, whose magnitude would answer to ranks "
+                "that are left out: use dropout"
+            )
+        if self.init in _STARTED and (self.dropout or self.rank_dropout):
+            raise ValueError(
+                f"init {self.init} starts in the weight's own directions, and dropout would hide "
+                "a part of the weight itself: leave one of them out"
+            )
+        ranks = [self.rank, self.text_encoder_rank or 2, *self.rank_pattern.values()]
+        odd = [rank for rank in ranks if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"init orthogonal needs even ranks, not {odd[0]}")
         return self
 
-    def trains_text_encoder(self) -> bool:
-        return self.text_encoder
+    def layout_fault(self, layout: str) -> str | None:
+        if layout == "kohya" and self.dora:
+            return (
+                "no client draws dora from kohya's naming as it was trained (diffusers drops the "
+                "magnitude, ComfyUI divides by another norm, 10 to 16 % off): use diffusers"
+            )
+        return None
 
-    def scaling(self) -> float:
-        """Return alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
-
-class Lora(Adapter):
+class Lora(PeftAdapter):
     """LoRA layers of peft inside the family's own modules."""
 
     Settings: ClassVar[type[AdapterSettings]] = LoraSettings
+    FACTORS = ("lora_A", "lora_B", _MAGNITUDE)
 
-    def __init__(self, family: Family, settings: LoraSettings, layers: dict[str, dict[str, Any]]):
-        self._family = family
-        self._settings = settings
-        self._layers = layers  # component -> module name -> peft's layer
+    def __init__(self, family: Family, settings: Any, layers: dict[str, dict[str, Any]]):
+        super().__init__(family, settings, layers)
+        self._training = False
+        if settings.rank_dropout:
+            for made in layers.values():
+                for layer in made.values():
+                    layer.lora_A[NAME].register_forward_hook(self._drop_ranks)
 
     @classmethod
-    def attach(cls, family: Family, settings: Any, seed: int) -> Self:
-        assert isinstance(settings, LoraSettings), settings
-        components = {"denoiser": family.denoiser}
-        if settings.text_encoder:
-            components |= family.text_encoders
-        # All patterns are resolved before anything is changed.
-        plans = {name: _plan(family, settings, name, module) for name, module in components.items()}
-        layers = {
-            name: _inject(module, *plans[name], settings) for name, module in components.items()
-        }
-        for component, made in layers.items():
-            for name, layer in made.items():
-                _initialise(layer, seed, f"lora/{component}/{name}")
-        adapter = cls(family, settings, layers)
-        adapter.train(False)
-        return adapter
+    def config(cls, settings: Any, **shared: Any) -> Any:
+        from peft import LoraConfig
 
-    @property
-    def trains_text_encoder(self) -> bool:
-        return self._settings.text_encoder
+        return LoraConfig(
+            lora_alpha=shared.pop("alpha"),
+            lora_dropout=settings.dropout,
+            use_dora=settings.dora,
+            use_rslora=settings.rslora,
+            **shared,
+        )
 
-    def _factors(self) -> dict[tuple[str, str, str], nn.Parameter]:
-        """Return (component, module, "lora_A" or "lora_B") -> the factor's weight."""
-        return {
-            (component, name, factor): getattr(layer, factor)[_NAME].weight
-            for component, layers in self._layers.items()
-            for name, layer in layers.items()
+    @classmethod
+    def check(cls, family: Family, settings: Any, plan: Plan, ranks: Mapping[str, int]) -> None:
+        for full, rank in ranks.items():
+            component, _, name = full.partition(".")
+            module: Any = family.component(component).get_submodule(name)
+            into = getattr(module, "in_features", 0) or math.prod(module.weight.shape[1:])
+            out = getattr(module, "out_features", 0) or module.weight.shape[0]
+            limit = _starts.most(settings.init, (out, into))
+            if limit is not None and rank > limit:
+                raise UserError(
+                    f"adapter.rank: init {settings.init} takes the directions of the weight, and "
+                    f"{full} has {limit}, fewer than {rank}: lower the rank, or set another for "
+                    "it in adapter.rank_pattern"
+                )
+
+    @classmethod
+    def initialise(cls, layer: Any, settings: Any, seed: int, purpose: str) -> None:
+        """Draw A from the seed and the module's name; B is zero, or both are where they start."""
+        import torch
+        from torch import nn
+
+        # What trains is held in fp32, also on a base in half precision.
+        a, b = layer.lora_A[NAME].float().weight, layer.lora_B[NAME].float().weight
+        random = seeding.generator(seed, purpose)
+        with torch.no_grad():
+            if settings.init in _STARTED:
+                _start(layer, settings.init)
+                return
+            b.zero_()
+            if settings.init == "orthogonal":
+                _put(layer, _starts.orthogonal(a.flatten(1).shape[1], len(b), len(a), random))
+            elif settings.init == "gaussian":
+                first = torch.empty(a.shape)
+                a.copy_(nn.init.normal_(first, std=1 / layer.r[NAME], generator=random))
+            else:
+                first = torch.empty(a.shape)
+                a.copy_(nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=random))
+            if settings.dora:
+                layer.lora_magnitude_vector[NAME].float()
+
+    @classmethod
+    def stored(cls, factor: str) -> str:
+        return f"{factor}.weight"
+
+    def rate_scale(self, factor: str) -> float:
+        ratio: float = self._settings.loraplus_ratio if factor == "lora_B" else 1.0
+        return ratio
+
+    def _scaling(self, module: str) -> float:
+        """Return what B A is multiplied with, whatever `set_scale` says."""
+        rank = self._ranks[module]
+        rslora: bool = self._settings.rslora
+        alpha: float = self._alphas[module]
+        return alpha / (math.sqrt(rank) if rslora else rank)
+
+    def _exported(self, component: str, name: str) -> tuple[Tensor, Tensor, float]:
+        """Return A, B and what their product is multiplied with: float32 CPU copies."""
+        a, b = (
+            self._factors[component, name, factor].detach().float().cpu().clone()
             for factor in ("lora_A", "lora_B")
-        }
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{component}.{name}.{factor}.weight": weight
-            for (component, name, factor), weight in self._factors().items()
-        }
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        factors = self._factors()
-        return [
-            ParameterGroup(
-                component,
-                [weight for (of, _, _), weight in factors.items() if of == component],
-                "learning_rate" if component == "denoiser" else "text_encoder_learning_rate",
-            )
-            for component in self._layers
-        ]
+        )
+        scaling = self._scaling(f"{component}.{name}")
+        start = getattr(self._layers[component][name], "start", None)
+        if start is None:
+            return a, b, scaling
+        a0, b0 = (factor.cpu() for factor in start)
+        down, up = _starts.difference(
+            a.flatten(1), scaling * b.flatten(1), a0.flatten(1), scaling * b0.flatten(1)
+        )
+        return down.reshape(-1, *a.shape[1:]), up.reshape(len(up), -1, *b.shape[2:]), 1.0
 
     def export_state(self, layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if layout != "diffusers":
-            raise UserError(f'export.layouts: {self.kind} is not written as "{layout}" yet')
-        settings = self._settings
-        tensors = {}
-        for (component, name, factor), weight in self._factors().items():
-            # The factor alpha / rank goes into B and the file says nothing of alpha: then every
-            # reader, with or without diffusers' own metadata, takes alpha = rank and is right.
-            scaling = settings.scaling() if factor == "lora_B" else 1.0
-            key = f"{self._family.client_name(layout, component, name)}.{factor}.weight"
-            tensors[key] = weight.detach().float().cpu().clone() * scaling
-        metadata = {
-            "tunekit.adapter": self.kind,
-            "tunekit.rank": str(settings.rank),
-            "tunekit.trained_alpha": str(settings.rank * settings.scaling()),
-            "tunekit.components": ",".join(self._layers),
-        }
-        return tensors, metadata
+        import torch
 
-    def set_scale(self, scale: float) -> None:
-        for layers in self._layers.values():
-            for layer in layers.values():
-                layer.set_scale(_NAME, scale)
+        kohya = layout == "kohya"
+        if fault := self._settings.layout_fault(layout):
+            raise UserError(f"export.layouts: {fault}")
+        tensors: dict[str, Tensor] = {}
+        for component, layers in self._layers.items():
+            for name in layers:
+                key = self._family.client_name(layout, component, name)
+                a, b, scaling = self._exported(component, name)
+                if kohya:
+                    # Everyone multiplies with alpha / rank, also where it was alpha / sqrt(rank).
+                    tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
+                    tensors[f"{key}.alpha"] = torch.tensor(scaling * len(a))
+                    continue
+                # The factor goes into B and the file says nothing of alpha: then every reader,
+                # with or without diffusers' own metadata, takes alpha = rank and is right.
+                tensors[f"{key}.lora_A.weight"] = a
+                tensors[f"{key}.lora_B.weight"] = b * scaling
+                magnitude = self._factors.get((component, name, _MAGNITUDE))
+                if magnitude is not None:
+                    # transformers looks for it under another name than diffusers
+                    end = "" if component == "denoiser" else ".weight"
+                    tensors[f"{key}.{_MAGNITUDE}{end}"] = magnitude.detach().float().cpu().clone()
+        facts = self.facts()
+        if kohya:
+            facts |= self.kohya_facts("networks.lora")
+        return tensors, facts
+
+    def facts(self) -> dict[str, str]:
+        # In the terms of alpha / rank, which is what files are read by.
+        first = next(iter(self._ranks))
+        trained = self._settings.rank * self._scaling(first)
+        return super().facts() | {"tunekit.trained_alpha": str(trained)}
+
+    def change(self, layer: Any) -> Tensor:
+        delta = super().change(layer)
+        start = getattr(layer, "start", None)
+        if start is None:
+            return delta
+        a0, b0 = (factor.cpu().flatten(1) for factor in start)
+        less: Tensor = delta - (b0 @ a0).reshape(delta.shape) * layer.scaling[NAME]
+        return less
 
     def train(self, mode: bool = True) -> None:
-        if not self._settings.dropout:
-            return  # hundreds of layers, and nothing in them to switch
-        for layers in self._layers.values():
-            for layer in layers.values():
-                layer.lora_dropout[_NAME].train(mode)
+        super().train(mode)
+        self._training = mode
+        if self._settings.dropout:
+            for layers in self._layers.values():
+                for layer in layers.values():
+                    layer.lora_dropout[NAME].train(mode)
 
-    def detach(self) -> None:
-        for component, layers in self._layers.items():
-            module = self._family.component(component)
-            configs: Any = module.peft_config
-            assert list(configs) == [_NAME], f"another adapter is on top: {list(configs)}"
-            for name, layer in layers.items():
-                module.set_submodule(name, layer.get_base_layer())
-            del module.peft_config
-        self._layers = {}
+    def _drop_ranks(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Leave out ranks: a hook on A. [B, C, h, w] of a convolution, else [B, ..., rank]."""
+        from torch.nn import functional
 
-
-def _plan(
-    family: Family, settings: LoraSettings, component: str, module: nn.Module
-) -> tuple[list[str], int]:
-    """Return the names of the modules to change in a component, and the rank."""
-    from torch import nn
-
-    if component == "denoiser":
-        chosen, rank, presets = settings.targets, settings.rank, family.lora_presets
-        key = "adapter.targets"
-    else:
-        fallback = settings.targets if isinstance(settings.targets, str) else "attention"
-        chosen = settings.text_encoder_targets or fallback
-        rank = settings.text_encoder_rank or settings.rank
-        presets = family.text_lora_presets
-        key = "adapter.text_encoder_targets"
-    patterns = presets[chosen] if isinstance(chosen, str) else chosen
-    return match_modules(module, patterns, (nn.Linear, nn.Conv2d), key), rank
+        share = self._settings.rank_dropout
+        if not self._training:
+            return output
+        if output.ndim == 4:
+            return functional.dropout2d(output, share)
+        mask = output.new_ones(len(output), *[1] * (output.ndim - 2), output.shape[-1])
+        return output * functional.dropout(mask, share)
 
 
-def _inject(
-    module: nn.Module, names: list[str], rank: int, settings: LoraSettings
-) -> dict[str, Any]:
-    """Put peft's layers into the named submodules and return them by name."""
-    import torch
-    from peft import LoraConfig, inject_adapter_in_model
+def _put(layer: Any, factors: tuple[Tensor, Tensor]) -> None:
+    for factor, value in zip(("lora_A", "lora_B"), factors, strict=True):
+        parameter = getattr(layer, factor)[NAME].weight
+        parameter.copy_(value.reshape(parameter.shape))
 
-    assert not getattr(module, "peft_config", None), "an adapter is attached already"
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank * settings.scaling(),
-        lora_dropout=settings.dropout,
-        # One expression for exactly these modules: peft takes a list as endings of names.
-        target_modules="|".join(re.escape(name) for name in names),
+
+def _start(layer: Any, init: str) -> None:
+    """Let the factors start in the weight itself, and take off what they add at first."""
+    from tunekit.changes.layers import weight_of
+
+    weight, rank = weight_of(layer.get_base_layer()), layer.r[NAME]
+    _put(layer, _starts.directions(init, weight, rank, layer.scaling[NAME]))
+    layer.start = tuple(
+        getattr(layer, factor)[NAME].weight.detach().clone() for factor in ("lora_A", "lora_B")
     )
-    # peft draws first values from the global stream, on the CPU; ours follow.
-    with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, module, adapter_name=_NAME)
-    layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
-    for name, layer in layers.items():
-        assert _NAME in layer.r, f"peft left {name} out"
-    return layers
+    layer.register_forward_hook(_without_start)
 
 
-def _initialise(layer: Any, seed: int, purpose: str) -> None:
-    """Draw A as torch draws a Linear's weight, from the seed and the module's name; B is zero."""
-    import torch
-    from torch import nn
+def _without_start(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Take off what the first factors add: a hook on peft's layer."""
+    from torch.nn import functional
 
-    # What trains is held in fp32, also on a base in half precision.
-    a, b = layer.lora_A[_NAME].float().weight, layer.lora_B[_NAME].float().weight
-    first = torch.empty(a.shape)
-    nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=seeding.generator(seed, purpose))
-    with torch.no_grad():
-        a.copy_(first)
-        b.zero_()
+    from tunekit.changes.layers import apply
+
+    a0, b0 = layer.start
+    inner = apply(layer.get_base_layer(), a0, args[0].to(a0.dtype))
+    added = functional.conv2d(inner, b0) if b0.ndim == 4 else functional.linear(inner, b0)
+    less: Tensor = output - (added * layer.scaling[NAME]).to(output.dtype)
+    return less

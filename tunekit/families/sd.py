@@ -245,13 +245,15 @@ class StableDiffusion(Family):
             torch.cuda.empty_cache()
 
     def client_name(self, layout: str, component: str, module: str) -> str:
-        if layout != "diffusers":
-            raise UserError(f'export.layouts: Stable Diffusion is not written as "{layout}" yet')
-        if component == "denoiser":
-            return f"unet.{module}"
-        assert component == "text_encoder", component
         # transformers 5 dropped this level from CLIPTextModel; every client still looks for it.
-        return f"text_encoder.text_model.{module.removeprefix('text_model.')}"
+        text = f"text_model.{module.removeprefix('text_model.')}"
+        assert component in ("denoiser", "text_encoder"), component
+        if layout == "diffusers":
+            return f"unet.{module}" if component == "denoiser" else f"text_encoder.{text}"
+        if layout == "kohya":
+            name = f"unet_{module}" if component == "denoiser" else f"te_{text}"
+            return f"lora_{name.replace('.', '_')}"
+        raise UserError(f'export.layouts: Stable Diffusion is not written as "{layout}"')
 
     def facts(self) -> dict[str, str]:
         denoiser: Any = self.denoiser

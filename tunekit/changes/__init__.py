@@ -1,0 +1,1 @@
+"""What adapters do to weights: the formulas of each kind, and layers that carry them."""

@@ -1,0 +1,122 @@
+"""The change of a weight that a set of factors stands for: pure functions, a formula a kind.
+
+Every function returns what is added to the weight, in the weight's shape. Kernels are taken as
+matrices [out, in * height * width]. LyCORIS is Yeh et al. 2023, "Navigating Text-To-Image
+Customization: From LyCORIS Fine-Tuning to Model Evaluation".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def low_rank(up: Tensor, down: Tensor) -> Tensor:
+    """Return up @ down: [out, r] and [r, in], or kernels [out, r, 1, 1] and [r, in, h, w]."""
+    product = up.flatten(1) @ down.flatten(1)
+    return product.reshape(up.shape[0], *down.shape[1:])
+
+
+def hadamard(parts: Mapping[str, Tensor]) -> Tensor:
+    """Return (w1_a @ w1_b) * (w2_a @ w2_b), the product of LoHa: [out, in]."""
+    one = parts["hada_w1_a"] @ parts["hada_w1_b"]
+    return one * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+
+
+def kronecker(parts: Mapping[str, Tensor]) -> Tensor:
+    """Return w1 (x) w2, the product of LoKr: [out, in] or [out, in, h, w]; halves may be products.
+
+    w1: [a, c]. w2: [b, d] or a kernel [b, d, h, w]; a product's kernel is flat, [b, d * h * w].
+    """
+    import torch
+
+    one, two = (
+        parts[half] if half in parts else parts[f"{half}_a"] @ parts[f"{half}_b"]
+        for half in ("lokr_w1", "lokr_w2")
+    )
+    return torch.kron(one[(...,) + (None,) * (two.ndim - 2)], two.contiguous())
+
+
+def cayley(blocks: Tensor) -> Tensor:
+    """Return a rotation (I + Q)(I - Q)^-1 for each block, with Q = block - block^T.
+
+    blocks: [..., b, b]. For zeros the result is the identity to the bit.
+    """
+    import torch
+
+    skew = blocks - blocks.mT
+    one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    turned: Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
+    return turned
+
+
+def rotate(rotations: Tensor, rows: Tensor) -> Tensor:
+    """Turn each block of rows by the transpose of its rotation: [k, b, b] on [k * b, ...].
+
+    Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (OFT); on the
+    rows of the weight and transposed, as LyCORIS' diag-oft and its readers do.
+    """
+    import torch
+
+    blocks = rows.reshape(*rotations.shape[:2], *rows.shape[1:])
+    return torch.einsum("knm,kn...->km...", rotations, blocks).flatten(0, 1)
+
+
+def butterfly(rotations: Tensor, rows: Tensor) -> Tensor:
+    """Turn rows by factor after factor, each joining rows twice as far apart: [m, k, b, b].
+
+    Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization" (BOFT);
+    in the order of LyCORIS and its readers: factor i takes the rows of two runs of 2^i * b / 2 in
+    turn, turns blocks of b, and puts them back.
+    """
+    import torch
+
+    size = rotations.shape[-1]
+    for number, factor in enumerate(rotations):
+        run = 2**number * (size // 2)
+        rest = rows.shape[1:]
+        woven = rows.reshape(-1, 2, run, *rest).transpose(1, 2).reshape(-1, size, *rest)
+        turned = torch.einsum("bij,bj...->bi...", factor, woven)
+        rows = turned.reshape(-1, run, 2, *rest).transpose(1, 2).reshape(rows.shape)
+    return rows
+
+
+def change(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
+    """Return what a file's factors add to `weight`: float32, of its shape.
+
+    parts: the factors of one module by the names of `tunekit.factors.group`, without its alpha.
+    alpha: the file's; None: the rank, where the kind has one. Raises ValueError for factors that
+    are no kind's, or another weight's.
+    """
+    wide = {name: tensor.float().to(weight.device) for name, tensor in parts.items()}
+    base = weight.float()
+    names = set(wide)
+    rank: int | None = None
+    if names == {"diff"}:
+        delta = wide["diff"]
+    elif names == {"down", "up"}:
+        delta, rank = low_rank(wide["up"], wide["down"]), wide["down"].shape[0]
+    elif names == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        delta, rank = hadamard(wide), wide["hada_w1_b"].shape[0]
+    elif names == {"oft_blocks"}:
+        turn = butterfly if wide["oft_blocks"].ndim == 4 else rotate
+        delta = turn(cayley(_held(wide["oft_blocks"], alpha)), base) - base
+    elif names and all(name.startswith("lokr_w") for name in names):
+        delta = kronecker(wide)
+        # Only a half that is a product has a rank; two whole ones are read without a scale.
+        rank = next((wide[n].shape[0] for n in ("lokr_w2_b", "lokr_w1_b") if n in wide), None)
+    else:
+        raise ValueError(f"{', '.join(sorted(names))} are no factors of a kind this reads")
+    if delta.numel() != weight.numel():
+        raise ValueError(f"its change has the shape {list(delta.shape)}, not {list(weight.shape)}")
+    scale = alpha / rank if rank is not None and alpha is not None else 1.0
+    return delta.reshape(weight.shape) * scale
+
+
+def _held(blocks: Tensor, most: float | None) -> Tensor:
+    """Return blocks whose skew part is no longer than `most`; None and 0 hold nothing back."""
+    length = float((blocks - blocks.mT).norm())
+    return blocks * (most / length) if most and length > most else blocks

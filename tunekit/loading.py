@@ -1,0 +1,303 @@
+"""Adapter files put into a family: by diffusers' own code where it reads them, else by ours.
+
+diffusers reads LoRA in its own and in kohya's naming, and DoRA in its own. For every other kind the
+change of each weight is reckoned from the file's factors once, and added to the module's output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunekit.changes import deltas
+from tunekit.changes.layers import (
+    AddedChange,
+    ShiftedParameter,
+    has_magnitude,
+    peft_change,
+    strength_setter,
+    weight_of,
+)
+from tunekit.checkpoint import read_safetensors
+from tunekit.errors import UserError
+from tunekit.factors import group
+from tunekit.schema import LAYOUTS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tunekit.families import Family
+
+TAKEN_UP = "every tensor is taken up"
+_READ_BY_DIFFUSERS = frozenset({"down", "up", "alpha", "magnitude"})
+_PROBED = 1000.0  # fp16's smallest steps are below fp32's resolution beside an ordinary number
+
+
+class VerificationError(UserError):
+    """A check of an adapter file failed. `check` is its name, `said` what was found."""
+
+    def __init__(self, check: str, said: str) -> None:
+        super().__init__(f'verification failed at "{check}": {said}')
+        self.check, self.said = check, said
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A file at work in a family.
+
+    tensors: how many of its tensors were taken up, alphas not counted: all. changes: what gives
+    the present change of each weight, as `Adapter.changes`. rounding: how far, as a norm, the
+    change of a weight moves where every number of the file is off by this much. set_scale: draw
+    with this many times what the file holds; 0 is the untouched base.
+    """
+
+    tensors: int
+    changes: Mapping[str, Callable[[], Tensor]]
+    rounding: Callable[[str, float], float]
+    set_scale: Callable[[float], None]
+
+
+@contextlib.contextmanager
+def undisturbed(family: Family, *others: nn.Module) -> Iterator[None]:
+    """Compute as in inference and leave no trace: eval mode, no gradient, no autocast.
+
+    Whatever was in training mode is again afterwards. The libraries' warnings are held back
+    meanwhile: what they would say of an adapter or a prompt is checked here, or said by us.
+    `others`: modules besides denoiser and text encoders.
+    """
+    import torch
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    components = [family.denoiser, *family.text_encoders.values(), *others]
+    training = [m for component in components for m in component.modules() if m.training]
+    levels = [log.get_verbosity() for log in logs]
+    try:
+        for module in training:
+            module.training = False
+        for log in logs:
+            log.set_verbosity_error()
+        with torch.no_grad(), torch.autocast(family.device.type, enabled=False):
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+        for module in training:
+            module.training = True
+
+
+def load_file(family: Family, path: Path, name: str) -> Loaded:
+    """Put the adapter file at `path` into `family`, under a name of its own.
+
+    Raises VerificationError where it does not fit, a tensor was left over, or a place for one
+    stayed empty; UserError where it is no safetensors file.
+    """
+    tensors, _ = read_safetensors(path)  # checked here: diffusers would also read a pickle
+    grouped, unread = group(tensors)
+    if read_by_diffusers(tensors):
+        return _by_diffusers(family, path, name, tensors)
+    if unread:
+        raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
+    return _by_factors(family, grouped)
+
+
+def read_by_diffusers(names: Mapping[str, Any]) -> bool:
+    """Say whether a file with tensors of these names is one for diffusers' own loader."""
+    grouped, _ = group(names)
+    return all(parts.keys() <= _READ_BY_DIFFUSERS for parts in grouped.values())
+
+
+def peft_layers(family: Family) -> dict[str, Any]:
+    """Return the peft layers in the denoiser and the text encoders, by "component.module"."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        f"{component}.{name}": layer
+        for component, module in _components(family).items()
+        for name, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+
+
+def _components(family: Family) -> dict[str, nn.Module]:
+    return {"denoiser": family.denoiser, **family.text_encoders}
+
+
+def _by_diffusers(family: Family, path: Path, name: str, tensors: Mapping[str, Tensor]) -> Loaded:
+    """Load by diffusers, which leaves out what it does not know and only logs what is missing."""
+    with undisturbed(family), warnings.catch_warnings():
+        # Several adapters on one base are what is asked for.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        try:
+            family.pipeline().load_lora_weights(
+                str(path), adapter_name=name, use_safetensors=True, local_files_only=True
+            )
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+            line = " ".join(str(fault).split())[:300]
+            raise VerificationError(
+                "loads", f"diffusers cannot load it into {family.label}: {line}"
+            ) from fault
+    # An alpha is not a place in the model but a number that scales one.
+    written = [tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha")]
+    places = {
+        f"{component}.{key}": parameter
+        for component, module in _components(family).items()
+        for key, parameter in module.named_parameters()
+        if f".{name}." in key
+    }
+    empty = sorted(key for key, parameter in places.items() if parameter.is_meta)
+    if empty:
+        raise VerificationError(
+            TAKEN_UP, f"the file has nothing for {empty[0].replace(f'.{name}', '')}"
+        )
+    taken = sum(parameter.numel() for parameter in places.values())
+    if len(places) != len(written) or taken != sum(written):
+        raise VerificationError(
+            TAKEN_UP,
+            f"of {len(written)} tensors ({sum(written)} numbers) diffusers took "
+            f"{len(places)} ({taken}) into {family.label}",
+        )
+    layers = {key: layer for key, layer in peft_layers(family).items() if name in layer.scaling}
+    setters = [strength_setter(layer, name) for layer in layers.values()]
+
+    def set_scale(scale: float) -> None:
+        for setter in setters:
+            setter(scale)
+
+    return Loaded(
+        len(places),
+        {key: partial(peft_change, layer, name) for key, layer in layers.items()},
+        lambda key, floor: _lora_rounding(layers[key], name, floor),
+        set_scale,
+    )
+
+
+def _lora_rounding(layer: Any, name: str, floor: float) -> float:
+    """Return how far a layer's change moves where each of its numbers is off by `floor`.
+
+    Of errors that are independent: those of B (out x rank) reach every output through A, those of A
+    (rank x in) through B. A magnitude in half precision is off by a share of the whole weight.
+    """
+    import math
+
+    import torch
+
+    up, down = (layer.get_submodule(f"{f}.{name}").weight for f in ("lora_B", "lora_A"))
+    kind = up.dtype
+    up, down = up.detach().float().flatten(1), down.detach().float().flatten(1)
+    moved = [
+        floor * len(up) ** 0.5 * float(down.norm()) * abs(layer.scaling[name]),
+        floor * down.shape[1] ** 0.5 * float(up.norm()) * abs(layer.scaling[name]),
+        floor * (len(up) * down.shape[1]) ** 0.5,  # the product, in the base's format
+    ]
+    if has_magnitude(layer, name):
+        # float32 of the file is kept, and its product with the weight is reckoned in float32
+        share = torch.finfo(kind).eps
+        moved.append(share * float(weight_of(layer.get_base_layer()).float().norm()))
+    return math.hypot(*moved)
+
+
+def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> Loaded:
+    """Reckon every change first, so that a file that does not fit changes nothing; then add."""
+    places = _places(family)
+    planned: list[tuple[str, nn.Module, str, Tensor]] = []
+    again: dict[str, Callable[[float], float]] = {}
+    count = 0
+    for key, held in grouped.items():
+        if key not in places:
+            raise VerificationError(TAKEN_UP, f"{family.label} has no module for {key}")
+        name, module = places[key]
+        parts = dict(held)
+        alpha = float(parts.pop("alpha")) if "alpha" in parts else None
+        count += len(parts)
+        bias = parts.pop("diff_b", None)
+        try:
+            if bias is not None:
+                planned.append((f"{name}.bias", module, "bias", _fitting(bias, module, "bias")))
+            if parts:
+                weight = weight_of(module)
+                delta = deltas.change(parts, alpha, weight)
+                planned.append((name, module, "weight", delta))
+                again[name] = partial(_moved, parts, alpha, weight, delta)
+        except (ValueError, RuntimeError) as fault:
+            line = " ".join(str(fault).split())[:300]
+            raise VerificationError("loads", f"{key}: {line}") from fault
+    added = {name: _add(module, which, delta) for name, module, which, delta in planned}
+
+    def set_scale(scale: float) -> None:
+        for change in added.values():
+            change.set_scale(scale)
+
+    return Loaded(
+        count,
+        {name: change.weight for name, change in added.items()},
+        lambda name, floor: again[name](floor) if name in again else 0.0,
+        set_scale,
+    )
+
+
+def _places(family: Family) -> dict[str, tuple[str, Any]]:
+    """Return every module that has a weight or bias, by what files may call it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for component, whole in _components(family).items():
+        inside: tuple[str, ...] = ()  # what peft has put around a module is not the base's
+        for name, module in whole.named_modules():
+            if inside and name.startswith(inside):
+                continue
+            base: Any = module
+            if isinstance(module, BaseTunerLayer):
+                base = module.get_base_layer()
+                inside = (f"{name}.",)
+            if isinstance(getattr(base, "weight", None), _tensor()):
+                for layout in LAYOUTS:
+                    found[family.client_name(layout, component, name)] = (
+                        f"{component}.{name}",
+                        base,
+                    )
+    return found
+
+
+def _tensor() -> type:
+    import torch
+
+    return torch.Tensor
+
+
+def _fitting(change: Tensor, module: Any, which: str) -> Tensor:
+    own = getattr(module, which, None)
+    if own is None or own.shape != change.shape:
+        there = list(own.shape) if own is not None else "none"
+        raise ValueError(f"its {which} has the shape {list(change.shape)}, the base's {there}")
+    return change.float().to(own.device)
+
+
+def _add(module: nn.Module, which: str, delta: Tensor) -> AddedChange | ShiftedParameter:
+    from torch import nn
+
+    if which == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
+        own: Any = module.weight
+        return AddedChange(module, delta.to(own.dtype) if own.is_floating_point() else delta)
+    return ShiftedParameter(module, which, delta)
+
+
+def _moved(
+    parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor, delta: Tensor, floor: float
+) -> float:
+    """Return how far a change moves where each of its numbers is off by `floor`, either way."""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    step = floor * _PROBED
+    nudged = {
+        name: part.float() + step * torch.randn(part.shape, generator=random).sign().to(part.device)
+        for name, part in parts.items()
+    }
+    return float((deltas.change(nudged, alpha, weight) - delta).norm()) / _PROBED
