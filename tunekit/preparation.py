@@ -64,6 +64,23 @@ class Prepared:
         held_out = _references(self.held_out) if self.held_out else []
         return _references(self.sheet), held_out
 
+    def some_keepers(self, most: int = 12) -> list[Reference]:
+        """Return the first of the pictures that keep the class, to be shown."""
+        from tunekit.data import open_rgb
+        from tunekit.evaluation.measure import Reference
+
+        some = self.keepers[:most]
+        return [Reference(kept.name, open_rgb(kept.path), kept.caption) for kept in some]
+
+    def contact_sheets(self) -> list[tuple[str, str]]:
+        """Return what training and evaluation saw, as titled HTML for the report."""
+        from tunekit.data import contact
+
+        sheets = [("Training pictures", contact.section(self.sheet))]
+        if self.held_out is not None:
+            sheets.append(("Held out: never trained on", contact.section(self.held_out)))
+        return sheets
+
 
 def question_of(recipe: Recipe) -> Question:
     """Return what the recipe's evaluation asks."""

@@ -325,6 +325,7 @@ class _Session:
         }
 
     def _report(self, evaluation: Evaluation, files: Sequence[ExportedFile], log: Log) -> None:
+        from tunekit.data import contact
         from tunekit.evaluation.facts import tables
         from tunekit.evaluation.report import Facts, write_report
 
@@ -349,6 +350,10 @@ class _Session:
             ],
             command=f'tunekit generate --run {self.writer.path} --prompt "{example}"',
             notes=ready.notes,
+            sheets=ready.contact_sheets(),
+            styles=contact.styles(),
+            keepers=ready.some_keepers(),
+            kept=len(ready.keepers),
         )
         self.writer.write_text(REPORT, write_report(facts, evaluation, *ready.references()))
 

@@ -262,6 +262,8 @@ class Log:
             "memory_bytes": record.memory_bytes,
             "seconds": round(record.seconds, 4),
         }
+        if record.prior_loss is not None:
+            values["prior_loss"] = record.prior_loss
         line: dict[str, float | None] = {"step": record.step, **values}
         if record.skipped:
             line["skipped"] = True

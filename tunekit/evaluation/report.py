@@ -38,6 +38,8 @@ class Facts:
 
     `tables` are titled lists of (name, value) pairs; `metrics` are the lines of metrics.jsonl;
     `files` are (path, bytes, note); `notes` are what the tool chose and said while it ran.
+    `sheets` are titled parts of a contact sheet (HTML, with `styles` as their CSS). `keepers` are
+    some of the `kept` pictures of the class that were trained beside the subject's.
     """
 
     name: str
@@ -49,6 +51,10 @@ class Facts:
     files: Sequence[tuple[str, int, str]]
     command: str
     notes: Sequence[str] = field(default_factory=tuple)
+    sheets: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    styles: str = ""
+    keepers: Sequence[Reference] = field(default_factory=tuple)
+    kept: int = 0
 
 
 def duration(seconds: float) -> str:
@@ -107,6 +113,7 @@ def write_report(
         subject=subject_of(result),
         training=[(reference, images[reference.name]) for reference in training],
         held_out=[(reference, data_url(reference.image)) for reference in held_out],
+        keepers=[(reference, data_url(reference.image)) for reference in facts.keepers],
         hero={
             "told": hero.told,
             "plain": hero.plain,
