@@ -174,15 +174,31 @@ def test_a_run_that_ended_early_goes_on_where_it_stopped(
 def test_captions_of_other_settings_are_not_mixed(
     folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: Any, image: Any) -> Said:
-        raise KeyboardInterrupt
-
+    told = iter([Said("a robot")])
     with monkeypatch.context() as patched:
-        patched.setattr(ranking.Ranking, "describe", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patched.setattr(ranking.Ranking, "describe", lambda self, image: next(told))
+        with pytest.raises(StopIteration):
             ask(folder)
+    assert (folder / ".metadata.jsonl.part").exists()
     with pytest.raises(UserError, match="class_noun was '', is 'robot'"):
         ask(folder, class_noun="robot")
+    assert ask(folder).captions
+
+
+def test_a_captioner_that_cannot_be_loaded_leaves_nothing_behind(folder: Path, ask: Ask) -> None:
+    before = files(folder)
+    with pytest.raises(UserError, match=r"CLIP|clip"):
+        ask(folder, options=["clip=./nowhere"])
+    assert files(folder) == before
+    assert ask(folder).captions
+
+
+def test_two_runs_at_once_do_not_mix(folder: Path, ask: Ask) -> None:
+    from tunekit.captioners._ledger import Ledger
+
+    ledger = Ledger(folder / ".metadata.jsonl.part", {})
+    with ledger, pytest.raises(UserError, match="another run is writing these captions"):
+        ask(folder)
     assert ask(folder).captions
 
 

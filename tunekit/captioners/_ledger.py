@@ -50,7 +50,9 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file; it stays, unless everything is done."""
+        """Close the file; it stays where there is something to go on with."""
+        if not self.done:
+            self.remove()
         os.close(self._file)
 
     def add(self, name: str, pixels: str, said: Said) -> None:
@@ -70,12 +72,14 @@ class Ledger:
         os.lseek(self._file, 0, os.SEEK_END)
         try:
             rows = [json.loads(line) for line in whole.splitlines()]
-            settings = rows[0]["settings"] if rows else None
+            settings = rows[0]["settings"] if rows else {}
             for row in rows[1:]:
                 self.done[row["name"], row["pixels"]] = Said(row["text"], row["remark"])
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{self.path}: is damaged ({error}); remove it to begin anew") from None
-        if settings is None:
+        if not self.done:
+            os.ftruncate(self._file, 0)
+            os.lseek(self._file, 0, os.SEEK_SET)
             self._append({"settings": self.settings})
         elif settings != self.settings:
             changed = [
