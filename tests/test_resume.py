@@ -85,13 +85,10 @@ def assert_same(one: Path, other: Path) -> None:
             for key, tensor in tensors.items():
                 assert torch.equal(tensor, b.tensors[group][key]), (name, group, key)
     pictures = sorted(path.relative_to(one) for path in (one / "samples").rglob("*.png"))
-    assert pictures == sorted(
-        path.relative_to(other) for path in (other / "samples").rglob("*.png")
-    )
+    assert pictures == sorted(p.relative_to(other) for p in (other / "samples").rglob("*.png"))
     for path in pictures:
-        assert np.array_equal(
-            np.asarray(Image.open(one / path)), np.asarray(Image.open(other / path))
-        )
+        drawn = [np.asarray(Image.open(folder / path)) for folder in (one, other)]
+        assert np.array_equal(*drawn), path
     for file in (one / "export").glob("*.safetensors"):
         mine, _ = checkpoint.read_safetensors(file)
         yours, _ = checkpoint.read_safetensors(other / "export" / file.name)
@@ -176,9 +173,8 @@ class TestRefused:
         assert "cannot go on with another adapter.rank" in line
 
     def test_fewer_steps_than_are_done(self, tree: Callable[..., Tree], stopped: Path) -> None:
-        assert "step 4, and train.steps is 3" in self.refusal(
-            stopped, recipe(tree, steps=3, checkpoint_every=1, sample_every=1)
-        )
+        shorter = recipe(tree, steps=3, checkpoint_every=1, sample_every=1)
+        assert "step 4, and train.steps is 3" in self.refusal(stopped, shorter)
 
     def test_a_damaged_checkpoint_names_the_file_and_the_one_before(
         self, tree: Callable[..., Tree], stopped: Path
@@ -232,9 +228,8 @@ def test_a_signal_ends_the_step_in_hand(
     from tunekit.recipe import dump_yaml
 
     path, out = tmp_path / "recipe.yaml", tmp_path / "run"
-    path.write_text(
-        dump_yaml(recipe_from(recipe(tree, steps=100_000, checkpoint_every=0, sample_every=0)))
-    )
+    endless = recipe(tree, steps=100_000, checkpoint_every=0, sample_every=0)
+    path.write_text(dump_yaml(recipe_from(endless)))
     command = [sys.executable, "-m", "tunekit", "train", str(path), "--out", str(out)]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL, env=os.environ)

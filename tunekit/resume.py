@@ -16,6 +16,8 @@ from tunekit.runfolder import CHECKPOINTS, RunFolder
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every")
 # What the saved tensors belong to: another value makes them meaningless.
 FIXED = ("base", "adapter", "train.optimizer")
+# Without these a run would go on, and be another one.
+NEEDED = frozenset({"adapter", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def find(
         earlier = [path for path in checkpoint.steps(run / CHECKPOINTS) if path.name < folder.name]
         offer = f"; the one before is --resume {earlier[-1]}" if earlier else ""
         raise UserError(f"{error}{offer}") from None
+    if missing := sorted(NEEDED - saved.tensors.keys()):
+        raise UserError(
+            f"{folder}: has no {' and no '.join(missing)} state, so nothing can go on from here as "
+            "if it had not been stopped; take another checkpoint"
+        )
     step = saved.meta.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise UserError(f"{folder}: does not say after which step it was saved")
