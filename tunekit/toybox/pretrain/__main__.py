@@ -17,6 +17,7 @@ STAGES = (
     "judge",
     "subject",
     "clip-vision",
+    "clip-attributes",
     "unet",
     "vae-decoder",
     "assemble",
@@ -26,12 +27,25 @@ COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13), "odd
 STEPS = {
     "clip": 550,
     "clip-vision": 900,
+    "clip-attributes": 2_800,
     "vae": 4_000,
     "judge": 900,
     "subject": 700,
     "unet": 2_790,
     "vae-decoder": 1_800,
 }
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0 and at most 1")
+    return share
+
+
+def _part(whole: int, scale: float, least: int = 1) -> int:
+    """`scale` of a count, at least `least`."""
+    return max(least, round(whole * scale))
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
@@ -44,11 +58,19 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of the one stage named by --only")
     parser.add_argument("--target", type=Path, help="where the finished weights go "
                         "(default: tunekit/toybox/weights)")  # fmt: skip
+    parser.add_argument("--scale", type=_share, default=1.0, help="share of the pictures and "
+                        "steps, for a trial run (0 to 1; default: 1)")  # fmt: skip
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale of assess")
     return parser.parse_args(arguments)
 
 
-def _unet(rank: int, work: Path, steps: int, ranks: int) -> None:
+def _count(kind: str, scale: float) -> tuple[int, int]:
+    """How many pictures of a kind, and their seed; `same` come in fours."""
+    whole, seed = COUNTS[kind]
+    return 4 * _part(whole // 4, scale, least=4), seed
+
+
+def _unet(rank: int, work: Path, steps: int, ranks: int, scale: float) -> None:
     import torch
 
     from tunekit.toybox.pretrain import unet
@@ -60,7 +82,7 @@ def _unet(rank: int, work: Path, steps: int, ranks: int) -> None:
             world_size=ranks,
         )  # fmt: skip
         torch.set_num_threads(1)
-    count, seed = COUNTS["core"]
+    count, seed = _count("core", scale)
     data = unet.encode(work, pictures(work / "pictures", "core", count, seed, 1), "core")
     unet.train(work, data, steps, rank=rank, ranks=ranks)
     if ranks > 1:
@@ -70,10 +92,10 @@ def _unet(rank: int, work: Path, steps: int, ranks: int) -> None:
 def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
     from tunekit.toybox.pretrain.pictures import Pictures, pictures
 
-    steps = options.steps or STEPS.get(name, 0)
+    steps = options.steps or _part(STEPS.get(name, 0), options.scale)
 
     def rendered(kind: str) -> Pictures:
-        count, seed = COUNTS[kind]
+        count, seed = _count(kind, options.scale)
         return pictures(work / "pictures", kind, count, seed, os.cpu_count() or 1)
 
     if name == "pictures":
@@ -90,6 +112,12 @@ def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
         from tunekit.toybox.pretrain import clip
 
         clip.train_vision(work, rendered("full") + rendered("odd"), steps)
+    elif name == "clip-attributes":
+        from tunekit.toybox.pretrain import attributes
+
+        data = rendered("full") + rendered("odd") + rendered("same")
+        wordings = _part(len(attributes.WORDINGS), options.scale)
+        attributes.train(work, data, steps, attributes.WORDINGS[:wordings])
     elif name in ("vae", "vae-decoder"):
         from tunekit.toybox.pretrain import vae
 
@@ -103,19 +131,19 @@ def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
         else:
             judge.train_subject(work, rendered("same"), steps)
     elif name == "unet":
-        _unet_processes(work, steps, options.processes)
+        _unet_processes(work, steps, options.processes, options.scale)
     else:
         _finish(name, work, options)
 
 
-def _unet_processes(work: Path, steps: int, processes: int) -> None:
+def _unet_processes(work: Path, steps: int, processes: int, scale: float) -> None:
     if processes == 1:
-        _unet(0, work, steps, 1)
+        _unet(0, work, steps, 1, scale)
         return
     from torch.multiprocessing.spawn import spawn
 
     (work / "rendezvous").unlink(missing_ok=True)
-    spawn(_unet, (work, steps, processes), processes)  # type: ignore[no-untyped-call]
+    spawn(_unet, (work, steps, processes, scale), processes)  # type: ignore[no-untyped-call]
 
 
 def _finish(name: str, work: Path, options: argparse.Namespace) -> None:
@@ -131,15 +159,34 @@ def _finish(name: str, work: Path, options: argparse.Namespace) -> None:
     else:
         from tunekit.toybox.pretrain.assess import assess
 
-        table = assess(target, work, guidance=options.guidance)
+        drawn = _part(256, options.scale, least=8)
+        table = assess(target, work, drawn, guidance=options.guidance)
         for row in ("bar", "rendered", "reconstructed", "drawn"):
             print(f"{row:14}", *(f"{k} {v:5.1f}" for k, v in table[row].items()))
+
+
+def _begin(work: Path, scale: float) -> None:
+    """Make the folder; stop where another scale began it, since checkpoints are not comparable."""
+    note = work / "scale.txt"
+    begun = scale
+    if note.exists():
+        begun = float(note.read_text())
+    elif work.exists() and any(work.iterdir()):
+        begun = 1.0
+    if begun != scale:
+        sys.exit(f"{work} was begun at --scale {begun:g}: give that, or another --work")
+    work.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{scale:g}\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages asked for, in order."""
     options = _arguments(sys.argv[1:] if arguments is None else arguments)
-    options.work.mkdir(parents=True, exist_ok=True)
+    if options.scale < 1 and options.target is None:
+        sys.exit("a trial run (--scale) would replace the shipped weights: give it a --target")
+    # parts are read out of larger models on purpose; transformers would list what it leaves
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _begin(options.work, options.scale)
     for name in options.only or STAGES:
         print(f"== {name}", flush=True)
         _stage(name, options.work, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,34 +72,52 @@ KINDS: dict[str, Callable[[world.Rng, int], list[tuple[world.Scene, int]]]] = {
 }
 
 
-def _chunk(job: tuple[str, int, int]) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    kind, number, seed = job
+def _chunk(job: tuple[str, int, int, int]) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The first `wanted` pictures of a chunk: fewer are the beginning of more."""
+    kind, number, seed, wanted = job
     rng = np.random.default_rng([seed, number])
     pixels: list[np.ndarray] = []
     facts: list[dict[str, Any]] = []
-    while len(facts) < CHUNK:
+    while len(facts) < wanted:
         for scene, individual in KINDS[kind](rng, number * CHUNK + len(facts)):
             pixels.append(np.asarray(world.render(scene, PIXELS)))
             facts.append(_facts(scene, rng, individual))
-    return np.stack(pixels[:CHUNK]), facts[:CHUNK]
+    return np.stack(pixels[:wanted]), facts[:wanted]
+
+
+def _rendered(
+    jobs: list[tuple[str, int, int, int]], processes: int
+) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+    if min(len(jobs), processes) < 2:
+        yield from map(_chunk, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(_chunk, jobs)
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return found
 
 
 def pictures(folder: Path, kind: str, count: int, seed: int, processes: int) -> Pictures:
     """Open the rendered set `kind` of `count` pictures, rendering what is not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = (count + CHUNK - 1) // CHUNK
-    missing = [i for i in range(chunks) if not (folder / f"{kind}-{i:04d}.json").exists()]
-    if missing:
-        jobs = [(kind, i, seed) for i in missing]
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            for done, (i, (pixels, facts)) in enumerate(
-                zip(missing, pool.imap(_chunk, jobs), strict=True), 1
-            ):
-                np.save(folder / f"{kind}-{i:04d}.npy", pixels)
-                (folder / f"{kind}-{i:04d}.json").write_text(json.dumps(facts))
-                print(f"pictures {kind}: {done * CHUNK}/{len(missing) * CHUNK}", flush=True)
-    facts_all: list[dict[str, Any]] = []
-    for i in range(chunks):
-        facts_all += json.loads((folder / f"{kind}-{i:04d}.json").read_text())
-    arrays = [np.load(folder / f"{kind}-{i:04d}.npy") for i in range(chunks)]
-    return Pictures(np.concatenate(arrays)[:count], facts_all[:count])
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    paths = [folder / f"{kind}-{i:04d}.json" for i in range(len(sizes))]
+    facts = [_known(path) for path in paths]
+    jobs = [(kind, i, seed, n) for i, n in enumerate(sizes) if len(facts[i]) < n]
+    for done, ((_, i, _, _), (pixels, told)) in enumerate(
+        zip(jobs, _rendered(jobs, processes), strict=True), 1
+    ):
+        np.save(paths[i].with_suffix(".npy"), pixels)
+        # the facts come last and whole: with them there, the pictures are
+        paths[i].with_suffix(".new").write_text(json.dumps(told))
+        paths[i].with_suffix(".new").replace(paths[i])
+        facts[i] = told
+        print(f"pictures {kind}: {done}/{len(jobs)} files of at most {CHUNK}", flush=True)
+    arrays = [np.load(p.with_suffix(".npy"))[:n] for p, n in zip(paths, sizes, strict=True)]
+    return Pictures(
+        np.concatenate(arrays),
+        [f for part, n in zip(facts, sizes, strict=True) for f in part[:n]],
+    )

@@ -65,6 +65,14 @@ class Encoded:
         return len(self.latents)
 
 
+def _holds(path: Path) -> int:
+    """Pictures encoded in a file; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with np.load(path) as file:
+        return len(file["latents"])
+
+
 @torch.no_grad()
 def encode(work: Path, data: Pictures, name: str) -> Encoded:
     """Encode pictures and captions once, a file a thousand, so that a set can grow."""
@@ -90,7 +98,7 @@ def encode(work: Path, data: Pictures, name: str) -> Encoded:
 
     for start in range(0, len(data), CHUNK):
         path = folder / f"{start // CHUNK:04d}.npz"
-        if path.exists():
+        if _holds(path) >= min(CHUNK, len(data) - start):
             continue
         parts = [slice(i, i + 50) for i in range(start, min(start + CHUNK, len(data)), 50)]
         np.savez(
@@ -101,7 +109,7 @@ def encode(work: Path, data: Pictures, name: str) -> Encoded:
             ),
         )
         path.with_suffix(".new.npz").rename(path)
-        print(f"encoded {name}: {start + CHUNK}/{len(data)}", flush=True)
+        print(f"encoded {name}: {min(start + CHUNK, len(data))}/{len(data)}", flush=True)
     files = [np.load(folder / f"{i:04d}.npz") for i in range((len(data) + CHUNK - 1) // CHUNK)]
     return Encoded(
         np.concatenate([f["latents"] for f in files])[: len(data)],
