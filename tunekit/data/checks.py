@@ -26,7 +26,7 @@ SAME_BORDER = 8.0
 """Mean difference of border colours, of 255, up to which backgrounds are the same. Photographs of
 one subject in different places differ by 20 to 130, on one plain ground by 0 to 2."""
 FEWEST_FOR_BACKGROUND = 3
-_ROWS = 256  # pictures compared with all others at once: bounds the memory
+_ROWS = 64  # pictures compared with all others at once: bounds the memory
 
 UNKNOWN_TRIGGER, UNKNOWN_CLASS = "{trigger}", "{class}"
 """Stand for words that were not given, as they stand in captions; no recipe can hold them."""
@@ -227,9 +227,9 @@ def background(examples: Sequence[Example], looks: Sequence[Measures]) -> list[F
 
     if len({e.pixels for e in examples}) < FEWEST_FOR_BACKGROUND:
         return []
-    borders = np.stack([np.frombuffer(look.border, np.uint8) for look in looks]).astype(np.float32)
-    away = np.abs(borders - np.median(borders, axis=0)).mean(axis=1)
-    if float(away.max()) > SAME_BORDER:
+    borders = np.stack([np.frombuffer(look.border, np.uint8) for look in looks])
+    middle = np.median(borders, axis=0)
+    if any(np.abs(border - middle).mean() > SAME_BORDER for border in borders):
         return []
     text = f"all {len(examples)} pictures have the same background, which may become part of it"
     advice = "add pictures in other places, or mask the subject (data.mask)"
@@ -290,27 +290,31 @@ def _near(looks: Sequence[Measures]) -> Iterator[tuple[int, int, bool]]:
 
     if len(looks) < 2:
         return
-    plain = np.array([look.hash for look in looks], dtype=np.uint64)
+    hashes = np.array([look.hash for look in looks], dtype=np.uint64)
     mirror = np.array([look.mirrored for look in looks], dtype=np.uint64)
-    greys = np.stack([np.frombuffer(look.greys, np.uint8).reshape(16, 16) for look in looks])
-    straight, turned = _unit(greys), _unit(greys[:, :, ::-1])
+    greys = np.empty((len(looks), 16, 16), dtype=np.float32)
+    for row, look in enumerate(looks):
+        greys[row] = _unit(np.frombuffer(look.greys, np.uint8).astype(np.float32)).reshape(16, 16)
+    rest = greys.reshape(len(looks), -1)
     for start in range(0, len(looks), _ROWS):
         rows = slice(start, start + _ROWS)
-        for mirrored, hashes, others in ((False, plain, straight), (True, mirror, turned)):
-            bits = np.bitwise_count(plain[rows, None] ^ hashes[None, start:])
-            alike = (bits <= SAME_BITS) | (straight[rows] @ others[start:].T >= SAME_GREYS)
+        for mirrored, own, block in (
+            (False, hashes, greys[rows]),
+            (True, mirror, greys[rows, :, ::-1]),
+        ):
+            bits = np.bitwise_count(own[rows, None] ^ hashes[None, start:])
+            alike = bits <= SAME_BITS
+            alike |= block.reshape(len(block), -1) @ rest[start:].T >= SAME_GREYS
             for row, column in zip(*np.nonzero(np.triu(alike, 1)), strict=True):
                 yield start + int(row), start + int(column), mirrored
 
 
 def _unit(greys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return grey pictures as rows of mean 0 and length 1, so that a product is a correlation."""
+    """Return grey values with mean 0 and length 1, so that a product is a correlation."""
     import numpy as np
 
-    rows = greys.reshape(len(greys), -1).astype(np.float32)
-    rows -= rows.mean(axis=1, keepdims=True)
-    lengths: np.ndarray[Any, Any] = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: np.ndarray[Any, Any] = rows / np.maximum(lengths, 1e-6)
+    greys = greys - greys.mean()
+    unit: np.ndarray[Any, Any] = greys / max(float(np.linalg.norm(greys)), 1e-6)
     return unit
 
 

@@ -38,7 +38,7 @@ _FIELDS = 12
 _BLANK = 4  # grey levels between the darkest and the lightest pixel, of 255
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measures:
     """What is known of a picture's looks without its pixels.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = ["DataError", "DataSheet", "Example", "Finding", "examine", "load_exam
 
 MOST_NAMED = 40
 """Pictures named after one remark in the summary; the others are counted."""
+_AT_ONCE = 256  # records in the stream's memory
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def examine(
     if folder is not None:
         found = [_unneeded(f) if f.code == "mask-unused" else f for f in found]
     examples, looks = [], []
-    for done, record in enumerate(source.stream(read.records) if read.records else (), 1):
+    total = len(read.records)
+    for done, record in enumerate(_streamed(read.records), 1):
         try:
             example, look = _example(record, data, wanted, multiple, remarks)
         except _FaultError as fault:
@@ -226,7 +228,7 @@ def examine(
             examples.append(example)
             looks.append(look)
         if progress:
-            progress(done, len(read.records))
+            progress(done, total)
     found += [Finding("note", "converted", text, tuple(names)) for text, names in remarks.items()]
     words = checks.words(examples, data)
     if any(finding.code == "missing-caption" for finding in words):
@@ -273,6 +275,14 @@ def shared_pictures(one: DataSheet, other: DataSheet) -> list[tuple[str, str]]:
     """Return the names of pictures that stand in both sheets, compared by their pixels."""
     names = {example.pixels: example.name for example in one.examples}
     return [(names[e.pixels], e.name) for e in other.examples if e.pixels in names]
+
+
+def _streamed(records: list[Record]) -> Iterator[Record]:
+    """Yield records as a stream and forget them, so that of many only the examples are held."""
+    while records:
+        part = records[:_AT_ONCE]
+        del records[:_AT_ONCE]
+        yield from source.stream(part)
 
 
 def _unneeded(masks: Finding) -> Finding:
