@@ -5,6 +5,7 @@ Names are imported when they are first used, so that `import tunekit` costs noth
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from types import ModuleType
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Read when torch starts its threads. Threads that spin while they wait for each other bring a busy
 # machine to a standstill: beside other work, one picture took 8 minutes instead of 5 seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# bitsandbytes, which peft imports where it is installed, would tell of kernels it does without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "load", "train"]

@@ -1,0 +1,130 @@
+"""An optimizer's state as plain tensors by name: nothing is pickled, and nothing is rounded.
+
+torch's own `load_state_dict` turns every state tensor into the parameter's number format, which
+8-bit states do not survive; here each keeps its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tunekit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+# Python's numbers are written as tensors that hold them exactly.
+_KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+
+
+def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return all that `optimizer` has learned so far: CPU tensors that share no memory.
+
+    The names are "tensor/M.I.NAME" for parameter I (counted over the groups) of member M (0, but
+    for optimizers made of several), "int/...", "float/..." and "bool/..." for Python's numbers, and
+    "group-tensor/M.G.NAME" and so on for those of group G. "shape/M.I" and "kind/M.CLASS" say what
+    it belongs to. Settings, such as the learning rate, are not part of it: the recipe's hold.
+    """
+    found = _belonging(optimizer)
+    for member, one in enumerate(members(optimizer)):
+        for place, parameter in enumerate(_parameters(one)):
+            for name, value in one.state.get(parameter, {}).items():
+                _put(found, "", f"{member}.{place}.{name}", value)
+        settings = _settings(one)
+        for place, group in enumerate(one.param_groups):
+            for name, value in group.items():
+                if name not in settings:
+                    _put(found, "group-", f"{member}.{place}.{name}", value)
+    return found
+
+
+def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Take up what `state_tensors` returned, in an optimizer just built with the same settings.
+
+    Raises UserError, before anything is changed, where the state is of another optimizer or of
+    other parameters.
+    """
+    own = _belonging(optimizer)
+    said = {key: value for key, value in state.items() if key.startswith(("shape/", "kind/"))}
+    if own.keys() != said.keys() or any(own[k].tolist() != said[k].tolist() for k in own):
+        raise UserError(
+            "the saved optimizer state does not fit: it is of another optimizer or of other "
+            "parameters than this recipe's"
+        )
+    parts = list(members(optimizer))
+    parameters = [list(_parameters(one)) for one in parts]
+    for key in state.keys() - said.keys():
+        kind, member, place, name = _parsed(key)
+        if kind.startswith("group-"):
+            parts[member].param_groups[place][name] = _value(kind, state[key], None)
+            continue
+        parameter = parameters[member][place]
+        device = None if _counts_on_cpu(parts[member], parameter, name) else parameter.device
+        parts[member].state[parameter][name] = _value(kind, state[key], device)
+
+
+def _belonging(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return which kind of optimizer this is, and the shapes of its parameters."""
+    import torch
+
+    found = {}
+    for member, one in enumerate(members(optimizer)):
+        found[f"kind/{member}.{type(one).__name__}"] = torch.zeros(1, dtype=torch.uint8)
+        for place, parameter in enumerate(_parameters(one)):
+            shape = torch.tensor(parameter.shape or (1,), dtype=torch.int64)
+            found[f"shape/{member}.{place}"] = shape
+    return found
+
+
+def _parsed(key: str) -> tuple[str, int, int, str]:
+    kind, _, rest = key.partition("/")
+    member, place, name = rest.split(".", 2)
+    return kind, int(member), int(place), name
+
+
+def _value(kind: str, tensor: Tensor, device: torch.device | None) -> Any:
+    kind = kind.removeprefix("group-")
+    if kind in _KINDS:
+        return _KINDS[kind](tensor.item())
+    return tensor.clone().to(device) if device is not None else tensor.clone()
+
+
+def _counts_on_cpu(optimizer: Optimizer, parameter: Tensor, name: str) -> bool:
+    """Return whether this is one of torch's step counts, which wait on the CPU unless fused."""
+    if name != "step":
+        return False
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return not (group.get("fused") or group.get("capturable"))
+
+
+def members(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    """Return the optimizers that `optimizer` is made of: itself, for all but joined ones."""
+    return getattr(optimizer, "members", (optimizer,))
+
+
+def _put(found: dict[str, Tensor], prefix: str, key: str, value: Any) -> None:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        found[f"{prefix}tensor/{key}"] = value.detach().cpu().clone()
+        return
+    if value is None or (prefix and not isinstance(value, bool | int | float)):
+        return  # of a group: a setting that no parameter of the constructor names
+    assert isinstance(value, bool | int | float), (key, type(value))
+    kind = type(value).__name__
+    dtype = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}[kind]
+    found[f"{prefix}{kind}/{key}"] = torch.tensor(value, dtype=dtype)
+
+
+def _settings(optimizer: Optimizer) -> frozenset[str]:
+    """Return what of a group is set when the optimizer is made, and so never learned."""
+    return frozenset({"params", "name", *inspect.signature(type(optimizer).__init__).parameters})
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
