@@ -13,7 +13,7 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A picture as a source names it, not opened yet.
 
@@ -33,7 +33,7 @@ class Record:
     mask: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """Something to know about some pictures.
 
@@ -54,7 +54,7 @@ class Finding:
         return f"{told}; {self.advice}" if self.advice else told
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A picture and its words, checked: what training is told about it.
 
