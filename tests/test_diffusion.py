@@ -368,3 +368,29 @@ class TestHuber:
         assert diffusion.huber_scale(ours, torch.tensor([999]), 0.1, "snr").item() == (
             pytest.approx(0.1)
         )
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_a_masked_loss_is_the_weighted_mean(data: st.DataObject) -> None:
+    prediction, wanted = pair(2)
+    seed = data.draw(st.integers(0, 99))
+    weights = np.random.default_rng(seed).random((2, 1, 3, 5)).astype(np.float32)
+    found = diffusion.sample_losses(prediction, wanted, torch.from_numpy(weights))
+    squares = (prediction.double() - wanted.double()).square().numpy()
+    everywhere = np.broadcast_to(weights, squares.shape).reshape(2, -1)
+    rows = zip(squares.reshape(2, -1), everywhere, strict=True)
+    means = [np.average(row, weights=share) for row, share in rows]
+    np.testing.assert_allclose(found, means, rtol=1e-5)
+
+
+def test_a_mask_of_ones_changes_nothing_and_zeros_are_not_looked_at() -> None:
+    prediction, wanted = pair(2)
+    plain = diffusion.sample_losses(prediction, wanted)
+    torch.testing.assert_close(
+        diffusion.sample_losses(prediction, wanted, torch.ones(2, 1, 3, 5)), plain
+    )
+    mask = torch.zeros(2, 1, 3, 5)
+    mask[..., :2] = 0.3  # half as bright a mask is the same mask: its weights are relative
+    inside = diffusion.sample_losses(prediction[..., :2], wanted[..., :2])
+    torch.testing.assert_close(diffusion.sample_losses(prediction, wanted, mask), inside)

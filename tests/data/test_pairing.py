@@ -7,6 +7,7 @@ can be read back from every batch.
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from pathlib import Path
@@ -215,14 +216,11 @@ class Steps(torch.utils.data.Dataset[Batch]):
         return self.dataset.batch(step, 0, 3)
 
 
-@pytest.mark.parametrize(("workers", "start"), [(0, None), (2, "fork"), (2, "spawn")])
-def test_workers_change_nothing(dataset: EncodedDataset, workers: int, start: Any) -> None:
-    loader = DataLoader(
-        Steps(dataset, 40),
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context=start if workers else None,
-    )
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(dataset: EncodedDataset, workers: int) -> None:
+    # A worker process gets a copy, by whatever way its system starts it.
+    copy = pickle.loads(pickle.dumps(dataset))
+    loader = DataLoader(Steps(copy, 40), batch_size=None, num_workers=workers)
     for step, batch in enumerate(loader):
         check(batch)
         assert same(batch, dataset.batch(step, 0, 3))
