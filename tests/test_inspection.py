@@ -278,3 +278,19 @@ def test_the_verb_prints_json_saves_the_page_and_says_by_its_exit_code_what_trai
     code, out = run(tmp_path / "p")
     assert code == 2
     assert "a.png: 96x96 is smaller than the resolution of 512" in out
+
+
+def test_pictures_of_the_class_are_looked_at_too(paint: Any, recipe: Any, tmp_path: Path) -> None:
+    for number in range(3):
+        paint(f"train/{number}.png", number, text="a zorp robot")
+        paint(f"class/{number}.png", 10 + number)
+    drawn = inspect(recipe("  resolution: 64\n  prior: {count: 9}"))
+    assert any('draw 9 pictures of the class: "a {class}"' in f.text for f in drawn.findings)
+    whole = inspect(recipe("  resolution: 64\n  prior: {source: class}"))
+    assert whole.ok
+    assert [p["name"] for p in whole.as_dict()["prior"]["pictures"]] == ["0.png", "1.png", "2.png"]
+    assert "Pictures of the class" in whole.html()
+    (tmp_path / "class/1.png").write_bytes(b"")
+    broken = inspect(recipe("  resolution: 64\n  prior: {source: class}"))
+    assert not broken.ok
+    assert any(code.startswith("prior-") for code in codes(broken))

@@ -17,6 +17,7 @@ from tunekit.data.records import SEVERITIES, Finding
 from tunekit.data.sheet import DataSheet, examine, shared_pictures, told
 from tunekit.data.source import fault_line
 from tunekit.errors import UserError
+from tunekit.prior import look as look_at_prior
 from tunekit.progress import Reporter, Silent
 from tunekit.recipe import load_recipe
 from tunekit.recipe_faults import explain, nested
@@ -57,14 +58,16 @@ class Plan:
 class Inspection:
     """The data sheet, and what only the whole recipe can tell.
 
-    sheet: the training pictures. held_out: those never trained on. plan: None without a recipe, and
-    where a picture cannot be used. findings: all there is to tell, errors first.
+    sheet: the training pictures. held_out: those never trained on. prior: those that keep the
+    class, where they are taken from a folder. plan: None without a recipe, and where a picture
+    cannot be used. findings: all there is to tell, errors first.
     """
 
     sheet: DataSheet
     held_out: DataSheet | None
     plan: Plan | None
     findings: tuple[Finding, ...]
+    prior: DataSheet | None = None
 
     @property
     def ok(self) -> bool:
@@ -111,9 +114,8 @@ class Inspection:
             }
             if plan
             else None,
-            "held_out": {"source": self.held_out.label, "pictures": _pictures(self.held_out, ())}
-            if self.held_out
-            else None,
+            "held_out": _apart(self.held_out),
+            "prior": _apart(self.prior),
         }
 
     def html(self) -> str:
@@ -122,6 +124,7 @@ class Inspection:
         return contact.page(
             self.sheet,
             held_out=self.held_out,
+            prior=self.prior,
             sentences=[f"{line}." for line in (*sentences, self.verdict())],
             findings=self.findings,
             visits=self.plan.visits if self.plan else (),
@@ -187,10 +190,13 @@ def _of_recipe(path: Path, overrides: Sequence[str], reporter: Reporter) -> Insp
                 data, sheet.resolution, multiple=multiple, folder=data.holdout, progress=progress
             )
         findings += [*_held_out(held_out), *_shared(sheet, held_out)]
+    with _counting(reporter, "class") as progress:
+        prior, told = look_at_prior(data, sheet.resolution, multiple, progress)
+    findings += told
     plan = _plan(sheet, train.steps, train.batch_size, train.gradient_accumulation)
     if plan:
         findings += checks.seldom(sheet.examples, plan.visits)
-    return Inspection(sheet, held_out, plan, _sorted(findings))
+    return Inspection(sheet, held_out, plan, _sorted(findings), prior)
 
 
 def _describe(base: schema.Base) -> tuple[Description | None, list[Finding]]:
@@ -343,6 +349,10 @@ def _cells(width: int, height: int, crops: Sequence[Any]) -> tuple[str, str, str
     box = f"{fit.left},{fit.top} to {fit.right},{fit.bottom}{places}"
     cut = "none" if not lost else f"{lost:.0%}" if lost >= 0.01 else "<1%"
     return f"{fit.width}x{fit.height}", f"{fit.scale:.2f}x", cut, box if lost else "all"
+
+
+def _apart(sheet: DataSheet | None) -> dict[str, Any] | None:
+    return {"source": sheet.label, "pictures": _pictures(sheet, ())} if sheet else None
 
 
 def _pictures(sheet: DataSheet, visits: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

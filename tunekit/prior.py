@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from tunekit.data.cache import cache_root, content_key
 from tunekit.data.captions import fill, holds
 from tunekit.data.images import PictureError, decode, pixel_hash
-from tunekit.data.records import Example
+from tunekit.data.records import Example, Finding
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
     from tunekit.data.dataset import Batch
+    from tunekit.data.sheet import DataSheet
     from tunekit.families import Family
     from tunekit.inference import DrawSettings, Painter
     from tunekit.progress import Reporter
@@ -95,6 +96,31 @@ def section(data: Data) -> Data:
             "prior": None,
         }
     )
+
+
+def look(
+    data: Data,
+    resolution: int | None,
+    multiple: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[DataSheet | None, list[Finding]]:
+    """Look at the folder of `data.prior` without refusing it, or tell what will be drawn instead.
+
+    For the arguments see `data.sheet.examine`. Without a prior there is nothing to tell.
+    """
+    from tunekit.data.sheet import examine
+
+    if data.prior is None:
+        return None, []
+    if data.prior.source is None:
+        prompts = ", ".join(f'"{prompt}"' for prompt in data.prior.prompts)
+        text = f"the untouched base will draw {data.prior.count} pictures of the class: {prompts}"
+        return None, [Finding("note", "prior", text)]
+    sheet = examine(section(data), resolution, multiple=multiple, progress=progress)
+    return sheet, [
+        replace(fault, code=f"prior-{fault.code}", text=f"pictures of the class: {fault.text}")
+        for fault in sheet.errors
+    ]
 
 
 def weighted(batches: Callable[[int, int], Batch], weight: float) -> Callable[[int, int], Batch]:

@@ -57,13 +57,15 @@ def page(
     sheet: DataSheet,
     *,
     held_out: DataSheet | None = None,
+    prior: DataSheet | None = None,
     sentences: Sequence[str] = (),
     findings: Sequence[Finding] | None = None,
     visits: Visits = (),
 ) -> str:
     """Return the contact sheet of a data sheet as one self-contained HTML page.
 
-    held_out: pictures never trained on, shown after the others. sentences: what stands under the
+    held_out: pictures never trained on, shown after the others. prior: those that keep the class
+    as it was. sentences: what stands under the
     title. findings: what is told; default those of the sheet. visits: as `DataSheet.visits`.
     Raises UserError for a picture that was there and is no longer.
     """
@@ -71,6 +73,8 @@ def page(
     sections = [("The pictures", section(sheet, visits=visits, findings=told))]
     if held_out is not None:
         sections.append(("Held out: never trained on", section(held_out)))
+    if prior is not None:
+        sections.append(("Pictures of the class, trained beside", section(prior)))
     template = _templates().get_template("contact.html.j2")
     return template.render(
         title=_title(sheet, told),

@@ -108,7 +108,7 @@ def stream(records: Sequence[Record]) -> Iterator[Record]:
     if not records:
         return  # `datasets` cannot type a table without rows
     rows = [
-        vars(record) | {"path": str(record.path), "mask": record.mask and str(record.mask)}
+        asdict(record) | {"path": str(record.path), "mask": record.mask and str(record.mask)}
         for record in records
     ]
     table = datasets.Dataset.from_list(rows, features=features)
