@@ -95,10 +95,11 @@ def test_a_family_or_kind_is_named_in_its_own_file_only(
 ) -> None:
     """Adding one is adding one file, so no other file may know its name."""
     assert known
+    words = set(known) - {"full"}  # that is a preset of targets too
     elsewhere = [p for p in SOURCES if p.parent != PACKAGE / package or p.stem not in known]
     for path in elsewhere:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and node.value in known:
+            if isinstance(node, ast.Constant) and node.value in words:
                 raise AssertionError(f"{name(path)}:{node.lineno} names {node.value!r}")
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -111,8 +111,9 @@ def write_card(
     described = [(f.path.name, f"{f.layout} layout, {f.dtype}, verified") for f in files]
     path = files[0].path.parent / CARD
     partial = path.with_name(f".{CARD}.partial")
+    card = modelcard.model_card(recipe, described, resolution, scores, files[0].diffusers)
     try:
-        partial.write_text(modelcard.model_card(recipe, described, resolution, scores), "utf-8")
+        partial.write_text(card, "utf-8")
         partial.replace(path)
     except OSError as fault:
         partial.unlink(missing_ok=True)

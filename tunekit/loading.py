@@ -7,6 +7,7 @@ change of each weight is reckoned from the file's factors once, and added to the
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -220,6 +221,7 @@ def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> 
         try:
             if bias is not None:
                 planned.append((f"{name}.bias", module, "bias", _fitting(bias, module, "bias")))
+                again[f"{name}.bias"] = partial(operator.mul, bias.numel() ** 0.5)
             if parts:
                 weight = weight_of(module)
                 delta = deltas.change(parts, alpha, weight)
@@ -237,7 +239,7 @@ def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> 
     return Loaded(
         count,
         {name: change.weight for name, change in added.items()},
-        lambda name, floor: again[name](floor) if name in again else 0.0,
+        lambda name, floor: again[name](floor),
         set_scale,
     )
 

@@ -139,11 +139,13 @@ def model_card(
     files: Sequence[tuple[str, str]],
     resolution: int,
     scores: Mapping[str, str] | None = None,
+    diffusers: bool = True,
 ) -> str:
     """Return the card (Markdown with Hugging Face's front matter) for an export folder.
 
     files: (file name, what it is) in order of recommendation. resolution: edge in pixels.
     scores: what to print in the table of scores, by its name; None where nothing was measured.
+    diffusers: whether diffusers' own loader reads the first file.
     """
     assert files
     base, data = base_name(recipe), recipe.data
@@ -153,7 +155,7 @@ def model_card(
         *([f"base_model: {json.dumps(base)}"] if _HUB_ID.fullmatch(base) else []),
         "library_name: diffusers",
         f"instance_prompt: {json.dumps(prompt, ensure_ascii=False)}",
-        "tags: [text-to-image, diffusers, tunekit, template:sd-lora]",
+        f"tags: [text-to-image, diffusers, tunekit{', template:sd-lora' if diffusers else ''}]",
         "---",
     ]
     what = "style" if recipe.evaluate.kind == "style" else "subject"
@@ -163,7 +165,7 @@ def model_card(
         f"Say `{data.trigger}` in a prompt to call it, as in `{prompt}`.",
         "\n".join(["| file | what it is |", "|---|---|", *(f"| `{f}` | {w} |" for f, w in files)]),
         "## Drawing with it",
-        _usage(recipe, files[0][0], prompt, resolution),
+        _usage(recipe, files[0][0], prompt, resolution, diffusers),
         "## How it was made",
         _settings(recipe, resolution),
         "## How good it is",
@@ -173,10 +175,29 @@ def model_card(
     return without_secrets(text)
 
 
-def _usage(recipe: Recipe, file: str, prompt: str, resolution: int) -> str:
-    base, settings = base_name(recipe), recipe.evaluate
+def _usage(recipe: Recipe, file: str, prompt: str, resolution: int, diffusers: bool) -> str:
+    base = base_name(recipe)
     bundled = recipe.base.model == BUNDLED
-    where = json.dumps(base if _HUB_ID.fullmatch(base) else f"path/to/{base}")
+    where = json.dumps(base if bundled or _HUB_ID.fullmatch(base) else f"path/to/{base}")
+    if diffusers:
+        code = _by_diffusers(recipe, base, where, file, prompt, resolution)
+    else:
+        said = json.dumps(prompt, ensure_ascii=False)
+        code = ["import tunekit", "", f"painter = tunekit.load({where}, {json.dumps(file)})"]
+        code += [f"picture = painter.draw({said}, seed=1)"]
+    shell = f'tunekit generate --adapter {file} --prompt "{prompt}"'
+    shown = "\n".join(["```python", *code, "```", "", "or", "", "```sh", shell, "```"])
+    if diffusers:
+        return shown
+    method = recipe.adapter.kind
+    return f"{shown}\n\ndiffusers has no loader for {method}; ComfyUI reads the file as it is."
+
+
+def _by_diffusers(
+    recipe: Recipe, base: str, where: str, file: str, prompt: str, resolution: int
+) -> list[str]:
+    """Return the lines that draw with plain diffusers."""
+    settings, bundled = recipe.evaluate, recipe.base.model == BUNDLED
     if bundled:
         where = "tunekit.toybox.model_path()"
     # A folder says itself which pipeline it is for, a single file does not.
@@ -185,7 +206,7 @@ def _usage(recipe: Recipe, file: str, prompt: str, resolution: int) -> str:
         pipeline, load = "StableDiffusionPipeline", "from_single_file"
     imports = ["import torch", f"from diffusers import {pipeline}"]
     imports += ["import tunekit.toybox"] if bundled else []
-    code = [
+    return [
         *imports,
         "",
         f"pipe = {pipeline}.{load}({where})",
@@ -199,8 +220,6 @@ def _usage(recipe: Recipe, file: str, prompt: str, resolution: int) -> str:
         "    generator=torch.Generator().manual_seed(1),",
         ").images[0]",
     ]
-    shell = f'tunekit generate --adapter {file} --prompt "{prompt}"'
-    return "\n".join(["```python", *code, "```", "", "or", "", "```sh", shell, "```"])
 
 
 def _settings(recipe: Recipe, resolution: int) -> str:

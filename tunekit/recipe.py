@@ -159,6 +159,8 @@ def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
         yield from _holdout(source, data, faulty)
     if isinstance(train, dict) and train.get("text_encoder_learning_rate") is not None:
         yield from _text_encoder(source)
+    if isinstance(tree.get("export"), dict):
+        yield from _layouts(source, tree["export"].get("layouts"))
     if isinstance(base, dict):
         yield from _family(source, base, data if isinstance(data, dict) else {}, faulty)
     if isinstance(evaluate, dict):
@@ -200,6 +202,19 @@ def _text_encoder(source: Source) -> Iterator[Fault]:
     if not adapter.trains_text_encoder():
         problem = "is set, but the adapter trains no text encoder: leave it out"
         yield source.fault(("train", "text_encoder_learning_rate"), problem)
+
+
+def _layouts(source: Source, layouts: Any) -> Iterator[Fault]:
+    """Hold the layouts asked for to what they can carry, before anything is trained."""
+    try:
+        adapter = _sections(source.tree)["adapter"].model_validate(source.tree.get("adapter"))
+        asked = schema.Export.model_validate({"layouts": layouts}).layouts
+    except ValidationError:
+        return  # its own faults are listed already
+    assert isinstance(adapter, schema.AdapterSettings)
+    for layout in asked or ():
+        if problem := adapter.layout_fault(layout):
+            yield source.fault(("export", "layouts"), problem)
 
 
 def _family(

@@ -41,47 +41,47 @@ def kronecker(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def cayley(blocks: Tensor) -> Tensor:
-    """Return a rotation (I + Q)(I - Q)^-1 for each block, with Q = block - block^T.
+    """Return R - I for each block's rotation R = (I + Q)(I - Q)^-1, with Q = block - block^T.
 
-    blocks: [..., b, b]. For zeros the result is the identity to the bit.
+    blocks: [..., b, b]. Without the identity, beside which a small turn would be rounded away.
     """
     import torch
 
     skew = blocks - blocks.mT
     one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    turned: Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
+    turned: Tensor = torch.linalg.solve(one - skew, 2 * skew, left=False)
     return turned
 
 
-def rotate(rotations: Tensor, rows: Tensor) -> Tensor:
-    """Turn each block of rows by the transpose of its rotation: [k, b, b] on [k * b, ...].
+def rotate(turns: Tensor, rows: Tensor) -> Tensor:
+    """Return how rows change when blocks of them are turned: [k, b, b] (R - I), [k * b, ...].
 
     Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (OFT); on the
-    rows of the weight and transposed, as LyCORIS' diag-oft and its readers do.
+    rows of the weight, by R transposed, as LyCORIS' diag-oft and its readers do.
     """
     import torch
 
-    blocks = rows.reshape(*rotations.shape[:2], *rows.shape[1:])
-    return torch.einsum("knm,kn...->km...", rotations, blocks).flatten(0, 1)
+    blocks = rows.reshape(*turns.shape[:2], *rows.shape[1:])
+    return torch.einsum("knm,kn...->km...", turns, blocks).flatten(0, 1)
 
 
-def butterfly(rotations: Tensor, rows: Tensor) -> Tensor:
-    """Turn rows by factor after factor, each joining rows twice as far apart: [m, k, b, b].
+def butterfly(turns: Tensor, rows: Tensor) -> Tensor:
+    """Return how rows change by turn after turn, each joining rows twice as far apart.
 
-    Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization" (BOFT);
-    in the order of LyCORIS and its readers: factor i takes the rows of two runs of 2^i * b / 2 in
-    turn, turns blocks of b, and puts them back.
+    turns: [m, k, b, b] (R - I). Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via
+    Butterfly Factorization" (BOFT); in the order of LyCORIS and its readers: factor i takes the
+    rows of two runs of 2^i * b / 2 in turn, turns blocks of b, and puts them back.
     """
     import torch
 
-    size = rotations.shape[-1]
-    for number, factor in enumerate(rotations):
+    size, rest = turns.shape[-1], rows.shape[1:]
+    change = torch.zeros_like(rows)
+    for number, factor in enumerate(turns):
         run = 2**number * (size // 2)
-        rest = rows.shape[1:]
-        woven = rows.reshape(-1, 2, run, *rest).transpose(1, 2).reshape(-1, size, *rest)
+        woven = (rows + change).reshape(-1, 2, run, *rest).transpose(1, 2).reshape(-1, size, *rest)
         turned = torch.einsum("bij,bj...->bi...", factor, woven)
-        rows = turned.reshape(-1, run, 2, *rest).transpose(1, 2).reshape(rows.shape)
-    return rows
+        change = change + turned.reshape(-1, run, 2, *rest).transpose(1, 2).reshape(rows.shape)
+    return change
 
 
 def change(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def change(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> 
         delta, rank = hadamard(wide), wide["hada_w1_b"].shape[0]
     elif names == {"oft_blocks"}:
         turn = butterfly if wide["oft_blocks"].ndim == 4 else rotate
-        delta = turn(cayley(_held(wide["oft_blocks"], alpha)), base) - base
+        delta = turn(cayley(_held(wide["oft_blocks"], alpha)), base)
     elif names and all(name.startswith("lokr_w") for name in names):
         delta = kronecker(wide)
         # Only a half that is a product has a rank; two whole ones are read without a scale.
