@@ -319,6 +319,22 @@ class TestStableDiffusion:
         family = families.load(Base(model=str(folder)))
         assert family.cut_words("robot " * 20).split() == ["robot"] * 6
 
+    def test_the_tokenization_changes_with_the_tokenizer_and_with_nothing_else(
+        self, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        """Cached conditioning is found by it."""
+        family = families.load(Base(model=str(tiny_folder("sd"))))
+        before = family.tokenization()
+        family.encode_prompt([PROMPT])
+        assert family.tokenization() == before
+        folder = copy(tiny_folder("sd"), tmp_path / "elsewhere")
+        assert families.load(Base(model=str(folder))).tokenization() == before
+        path = folder / "tokenizer" / "tokenizer.json"
+        rules = json.loads(path.read_text())
+        rules["model"]["merges"].pop()
+        path.write_text(json.dumps(rules))
+        assert families.load(Base(model=str(folder))).tokenization() != before
+
     def test_key_names_carry_the_level_that_transformers_dropped(self, load_tiny: Load) -> None:
         family = load_tiny("sd")
         module = "encoder.layers.0.self_attn.q_proj"
