@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from tunekit.section import Section, also
 
-_WEIGHTINGS = ("min_snr_gamma", "soft_min_snr_gamma", "p2_gamma", "debiased")
+WEIGHTINGS = ("min_snr_gamma", "soft_min_snr_gamma", "p2_gamma", "debiased")
 
 
 class Objective(Section):
@@ -166,12 +166,12 @@ class Objective(Section):
             raise ValueError(why)
         return value
 
-    @field_validator(*_WEIGHTINGS)
+    @field_validator(*WEIGHTINGS)
     @classmethod
     def _one_weighting(cls, value: Any, info: ValidationInfo) -> Any:
         if not value:
             return value
-        before = [key for key in _WEIGHTINGS if key != info.field_name and info.data.get(key)]
+        before = [key for key in WEIGHTINGS if key != info.field_name and info.data.get(key)]
         if before:
             raise ValueError(f"stands beside {before[0]}; one weight a timestep: keep one of them")
         if info.data.get("prediction") == "flow":

@@ -68,13 +68,13 @@ def probabilities(
     bias: tuple[Bias, float, float] | None = None,
     limits: tuple[int, int] | None = None,
 ) -> Array:
-    """Return how often each timestep is drawn: [count] float64 that sums to 1; do not write to it.
+    """Return how often each timestep is drawn: [count] float64 that sums to 1, not to be written.
 
     `parameters`: see `cumulative`. `shift` s moves x to s x / (1 + (s - 1) x), above 1 towards the
     noise (Esser et al. 2024, eq. 23). `bias`: (end, multiplier, portion): that portion of the
     timesteps at the "early" (picture) or "late" (noise) end is drawn `multiplier` times as often.
     `limits`: the first and the last timestep drawn; what falls outside is left out, and the
-    portion of a bias is one of what is inside.
+    portion of a bias is one of what is inside. All 0 where nearly nothing falls inside.
     """
     edges = np.linspace(0, 1, count + 1)
     shares = np.diff(cumulative(edges / (shift - (shift - 1) * edges), sampling, *parameters))
@@ -87,8 +87,10 @@ def probabilities(
         start = first if end == "early" else last + 1 - number
         shares[start : start + number] *= multiplier
     total = shares.sum()
-    assert total > 0, "no timestep has a probability above 0"
-    shares /= total
+    if total < 1e-9:
+        shares[:] = 0  # nothing to speak of falls inside the limits
+    else:
+        shares /= total
     shares.setflags(write=False)
     return shares
 

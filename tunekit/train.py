@@ -19,7 +19,9 @@ from torch import Tensor
 
 from tunekit import diffusion, seeding
 from tunekit.errors import UserError
-from tunekit.optim import build_optimizer, build_schedule
+from tunekit.objective import Goal
+from tunekit.optim import build_optimizer, build_schedule, load_state_tensors, state_tensors
+from tunekit.optim.average import Ema, Weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +39,8 @@ Encode = Callable[[Sequence[str]], "Conditioning"]
 # fp16 gradients overflow now and then, and the scaler answers with a smaller scale. Below this
 # scale it is no longer the scale's fault.
 _LOWEST_SCALE = 1.0
+# What of the scaler changes from step to step.
+_SCALE = frozenset({"scale", "_growth_tracker"})
 
 
 class TrainingError(UserError):
@@ -57,7 +61,7 @@ class StepRecord:
     steps: int
     """Steps in all."""
     loss: float
-    """Weighted mean squared error over the step's pictures of the subject, before the step."""
+    """Weighted mean error over the step's pictures of the subject, before the step."""
     lr: float
     """The denoiser's learning rate in this step."""
     grad_norm: float
@@ -129,23 +133,59 @@ class Loop:
         self._stepper: Any = self.accelerator.prepare(self.optimizer)
         self._set_rates = build_schedule(settings, self.optimizer)
         self._encode = encode
+        self._goal = Goal(settings.objective, family.schedule)
+        trained = adapter.trained()
+        self.ema = Ema(trained, settings.ema) if settings.ema is not None else None
+        self._weights = Weights(trained, self.optimizer, self.ema, ema_draws=settings.ema_export)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return everything that later steps depend on: float CPU tensors, in sets by name."""
-        return {"adapter": self.adapter.state()}
+        """Return everything that later steps depend on: CPU tensors, in sets by name.
+
+        "adapter" is what draws; "trained", where it differs, what trains; "optimizer"; "ema" and
+        "scaler" where there is one. To be asked between two records.
+        """
+        scaler = self.accelerator.scaler
+        scale = {} if scaler is None else scaler.state_dict()
+        sets = {
+            "adapter": self.adapter.state(),
+            "optimizer": state_tensors(self.optimizer),
+            "trained": self._weights.state_tensors(),
+            "ema": self.ema.state_tensors() if self.ema is not None else {},
+            "scaler": {
+                name: torch.tensor(scale[name], dtype=torch.float64) for name in _SCALE & set(scale)
+            },
+        }
+        return {name: tensors for name, tensors in sets.items() if tensors}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take up what `state` returned. Raises UserError where it does not fit."""
+        """Take up what `state` returned. Raises UserError where it does not fit.
+
+        An average that was not kept before starts with the weights as they are.
+        """
+        if "optimizer" not in state:
+            raise UserError("the checkpoint holds no optimizer state: it is from an older version")
         self.adapter.load_state(state["adapter"])
+        load_state_tensors(self.optimizer, state["optimizer"])
+        self._weights.load_state_tensors(state.get("trained", self.adapter.state()))
+        if self.ema is not None:
+            self.ema.load_state_tensors(state.get("ema", self.adapter.state()))
+        if self.accelerator.scaler is not None and "scaler" in state:
+            scale = self.accelerator.scaler.state_dict()
+            saved = {name: value.item() for name, value in state["scaler"].items()}
+            saved["_growth_tracker"] = int(saved["_growth_tracker"])
+            self.accelerator.scaler.load_state_dict({**scale, **saved})
+        self._weights.draw()
 
     def run(self, batches: Batches, start: int = 0) -> Iterator[StepRecord]:
         """Yield a record for each step from `start` (0 is the first) on."""
         for step in range(start, self.settings.steps):
             began = time.perf_counter()
             self.adapter.train()
+            self._weights.train()
             try:
                 record = self._step(step, batches, began)
             finally:
+                self._weights.draw()
                 self.adapter.train(False)
                 self._stepper.zero_grad()
             yield record
@@ -168,6 +208,8 @@ class Loop:
         if skipped:
             self._refuse_gradient(norm, passes, step)
         self._stepper.step()  # where the gradient overflowed, the scaler takes none and adapts
+        if self.ema is not None and not skipped:
+            self.ema.update(step)
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step + 1,
@@ -189,14 +231,12 @@ class Loop:
             given = batches(step, micro)
             parts = given if isinstance(given, Sequence) else [given]
             asked += [(micro, batch) for batch in parts]
-        total = {False: 0, True: 0}
+        cells: dict[bool, list[int]] = {False: [], True: []}
         for _, batch in asked:
-            total[batch.prior] += len(batch.names)
-        assert total[False], "a step without pictures of the subject"
+            cells[batch.prior] += [batch.latents[0, 0].numel()] * len(batch.names)
+        assert cells[False], "a step without pictures of the subject"
         drawn = {
-            prior: diffusion.sample_timesteps(
-                self.family.schedule, total[prior], self._generator(purpose, step)
-            )
+            prior: self._goal.timesteps(cells[prior], self._generator(purpose, step))
             for prior, purpose in ((False, "timesteps"), (True, "prior timesteps"))
         }
         seen = {False: 0, True: 0}
@@ -205,35 +245,31 @@ class Loop:
             first = seen[batch.prior]
             seen[batch.prior] += len(batch.names)
             own = drawn[batch.prior][first : seen[batch.prior]]
-            passes.append(_Pass(batch, micro, first, total[batch.prior], own))
+            passes.append(_Pass(batch, micro, first, len(cells[batch.prior]), own))
         return passes
 
     def _losses(self, one: _Pass, step: int) -> Tensor:
         """Return the weighted loss of each picture, [B]."""
-        family, settings, batch = self.family, self.settings, one.batch
+        family, batch, goal = self.family, one.batch, self._goal
         latents = batch.latents.to(family.device, torch.float32)
         # Drawn picture by picture and on the CPU: the same whatever the batch and the device.
-        noise = torch.stack(
-            [
-                diffusion.sample_noise(
-                    tuple(latents.shape[1:]),
-                    self._generator(f"{one.kind}noise/{one.first + i}", step),
-                    settings.objective.noise_offset,
-                )
-                for i in range(len(latents))
-            ]
-        ).to(family.device)
+        draws = [
+            goal.noise(
+                tuple(latents.shape[1:]),
+                self._generator(f"{one.kind}noise/{one.first + i}", step),
+            )
+            for i in range(len(latents))
+        ]
+        noise, seen = (torch.stack(part).to(family.device) for part in zip(*draws, strict=True))
         timesteps = one.timesteps.to(family.device)
-        noisy = diffusion.add_noise(family.schedule, latents, noise, timesteps)
+        noisy = diffusion.add_noise(goal.schedule, latents, seen, timesteps)
         with self.accelerator.autocast():
             conditioning = self._encode(batch.captions) if self._encode else batch.conditioning
             prediction = family.predict(noisy, timesteps, conditioning)
-        wanted = diffusion.target(family.schedule, latents, noise, timesteps)
-        weights = diffusion.loss_weights(family.schedule, timesteps, settings.objective.min_snr_gamma)
-        if batch.weights is not None:
-            weights = weights * batch.weights.to(family.device)
+        wanted = diffusion.target(goal.schedule, latents, noise, timesteps)
         mask = batch.mask.to(family.device) if batch.mask is not None else None
-        return weights * diffusion.sample_losses(prediction, wanted, mask)
+        losses = goal.losses(prediction, wanted, timesteps, mask)
+        return losses if batch.weights is None else losses * batch.weights.to(family.device)
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         return seeding.generator(self.settings.seed, purpose, step)
