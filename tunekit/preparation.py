@@ -141,13 +141,14 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
 
     cache: where encoded pictures and words are kept; who trains holds it with `using` to the end.
     """
-    from tunekit import adapters, families
+    from tunekit import adapters, families, objective, optim
     from tunekit.data import Cache
     from tunekit.inference import default_device
     from tunekit.train import check_precision
 
     device = default_device()
     check_precision(device, recipe.train.precision)
+    optim.check_optimizer(recipe.train)
     base = families.describe(recipe.base)
     resolutions = recipe.data.resolutions or (base.default_resolution,)
     sheet = _sheet(recipe, base, reporter)
@@ -156,7 +157,10 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
     _check_judges(recipe)
     family = families.load(recipe.base, device)
     _check_drawing(recipe, family, resolutions)
+    objective.check(recipe.train.objective, family.schedule)
     notes = [*sheet.summary(), *_cut_prompts(recipe, family)]
+    notes += objective.notes(recipe.train.objective, family.schedule)
+    notes += optim.notes(recipe.train, device.type)
     for note in notes:
         reporter.note(note)
     names = tuple(family.text_encoders)
@@ -171,6 +175,8 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
             keepers = prior_pictures.examples(recipe.data, family, resolutions[0], reporter)
             prior = encode(keepers, prior_pictures.section(recipe.data), resolutions[:1])
     adapter = adapters.get(recipe.adapter.kind).attach(family, recipe.adapter, recipe.train.seed)
+    # Made here to be refused, where it does not suit these parameters, before anything is written.
+    optim.build_optimizer(recipe.train, adapter.parameter_groups())
     idle = ("vae",) if learns else ("vae", *names)
     return Prepared(
         device,

@@ -47,6 +47,7 @@ def taught(recipe: Recipe, parameters: int) -> Table:
     train, adapter = recipe.train, recipe.adapter
     settings = adapter.model_dump(mode="json", exclude={"kind"}, exclude_none=True)
     own = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
+    goal = train.objective.model_dump(mode="json", exclude_defaults=True)
     batch = f"{train.batch_size}"
     if train.gradient_accumulation > 1:
         batch += f" x {train.gradient_accumulation}"
@@ -57,6 +58,8 @@ def taught(recipe: Recipe, parameters: int) -> Table:
         ("steps", f"{train.steps:,} of {batch} pictures"),
         ("optimizer", f"{train.optimizer}, learning rate {train.learning_rate:g}"),
         ("schedule", train.schedule),
+        ("objective", ", ".join(f"{key} {value}" for key, value in goal.items()) or "the base's"),
+        ("average of the weights", f"decay {train.ema:g}" if train.ema is not None else "none"),
         ("precision", train.precision),
         ("seed", str(train.seed)),
     ]
