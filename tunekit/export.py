@@ -138,7 +138,7 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: str, name: str) -> dict[s
             )
         # Numbers that stand for the strength of many others, and a magnitude, of which a small part
         # was learned: both are few, and rounding them would move a whole module.
-        whole = key.endswith((".alpha", "magnitude_vector"))
+        whole = key.endswith(".alpha") or "magnitude_vector" in key
         cast[key] = tensor.to(torch.float32 if whole else kind)
         if not bool(cast[key].isfinite().all()):
             raise ExportError(

@@ -162,7 +162,12 @@ def _suspicious(
     bare = [name for name, parts in grouped.items() if set(parts) == {"alpha"}]
     if bare:
         yield f"an alpha without factors in {_some(bare)}"
-    kohya = [name for name, parts in grouped.items() if is_kohya(name) and "alpha" not in parts]
+    # A whole difference has no rank, and so nothing that an alpha would be held against.
+    kohya = [
+        name
+        for name, parts in grouped.items()
+        if is_kohya(name) and "alpha" not in parts and not parts.keys() <= {"diff", "diff_b"}
+    ]
     if kohya:
         yield f"no alpha, so that clients take alpha = rank, in {_some(kohya)}"
     if any(name.startswith("lora_adapter") for name in metadata) and any(

@@ -1,0 +1,174 @@
+"""Adapter files of every kind in a fresh base: exported, verified, loaded, scaled, combined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from taught import recipe_for, teach
+from torch import Tensor
+
+import tunekit
+from tunekit import checkpoint, families, verification
+from tunekit.checkpoint import read_safetensors, write_safetensors
+from tunekit.errors import UserError
+from tunekit.export import ExportedFile, export_adapter
+from tunekit.families import Family
+from tunekit.inference import DrawSettings, Painter, load
+from tunekit.info import describe
+from tunekit.loading import VerificationError, load_file
+from tunekit.recipe import Recipe, dump_yaml
+
+QUICK = DrawSettings(steps=2)
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {"kind": "lora", "rank": 4, "targets": "full", "rslora": True, "text_encoder": True},
+    "PiSSA": {"kind": "lora", "rank": 4, "targets": "full", "init": "pissa"},
+    "DoRA": {"kind": "lora", "rank": 4, "targets": "full", "dora": True, "text_encoder": True},
+    "LoHa": {"kind": "loha", "rank": 4, "alpha": 2.0, "targets": "full", "text_encoder": True},
+    "LoKr": {"kind": "lokr", "rank": 2, "alpha": 3.0, "targets": "full", "factor": 4},
+    "OFT": {"kind": "oft", "block_size": 4, "targets": "full", "text_encoder": True},
+    "BOFT": {"kind": "boft", "block_size": 4, "targets": "full"},
+    "whole": {"kind": "full", "text_encoder": True},
+}
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Recipe, list[ExportedFile]]]:
+    """Return a function that gives a kind's recipe and its exported files, made once."""
+    known: dict[str, tuple[Recipe, list[ExportedFile]]] = {}
+
+    def make(kind: str) -> tuple[Recipe, list[ExportedFile]]:
+        if kind not in known:
+            recipe = _recipe(tiny_folder(), KINDS[kind])
+            folder = tmp_path_factory.mktemp(kind)
+            known[kind] = recipe, export_adapter(*teach(recipe, 0.02), recipe, folder)
+        return known[kind]
+
+    return make
+
+
+def _recipe(folder: Path, adapter: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
+    tree = recipe_for(folder, **sections).model_dump()
+    return Recipe.model_validate(tree | {"adapter": adapter})
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.tobytes() == other.tobytes()
+
+
+@torch.no_grad()
+def predict(family: Family) -> Tensor:
+    noisy = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    conditioning = family.encode_prompt(["a zorp robot", ""])
+    return family.predict(noisy, torch.tensor([100, 900]), conditioning)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryKind:
+    def test_its_files_pass_verification_in_half_precision(self, kind: str, made: Any) -> None:
+        recipe, files = made(kind)
+        assert {file.layout for file in files} == set(recipe.adapter.layouts())
+        for file in files:
+            assert file.dtype == "fp16"
+            assert file.parity.change > 0.01
+            assert file.parity.module_error < verification.TOLERANCE["fp16"]
+            assert file.diffusers == (kind in ("LoRA", "PiSSA", "DoRA"))
+            alphas = [t for k, t in read_safetensors(file.path)[0].items() if k.endswith(".alpha")]
+            assert bool(alphas) == (file.layout == "kohya" and kind != "whole")
+
+    def test_tunekit_load_draws_with_it(self, kind: str, made: Any) -> None:
+        recipe, files = made(kind)
+        base = load(recipe.base, device="cpu").draw("a zorp robot", 1, QUICK)
+        drawn = []
+        for file in files:
+            painter = tunekit.load(recipe.base.model, file.path, device="cpu")
+            drawn.append(painter.draw("a zorp robot", 1, QUICK))
+            assert not same(drawn[-1], base)
+            assert same(painter.draw("a zorp robot", 1, DrawSettings(steps=2, scale=0)), base)
+            assert same(painter.draw("a zorp robot", 1, QUICK), drawn[-1])
+        again = Painter.of(*teach(recipe, 0.02)).draw("a zorp robot", 1, QUICK)
+        for image in drawn:
+            far = [abs(a - b) for a, b in zip(image.tobytes(), again.tobytes(), strict=True)]
+            assert sum(far) / len(far) < 1
+
+    def test_a_checkpoint_draws_what_was_drawn(self, kind: str, made: Any, tmp_path: Path) -> None:
+        recipe, _ = made(kind)
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+        family, adapter = teach(recipe, 0.02)
+        sample = Painter.of(family, adapter).draw("a zorp robot", 1, QUICK)
+        folder = tmp_path / "checkpoints" / "step-000001"
+        checkpoint.save(folder, {"adapter": adapter.state()}, {"step": 1})
+        painter = tunekit.load(recipe.base.model, folder, device="cpu")
+        assert same(painter.draw("a zorp robot", 1, QUICK), sample)
+
+    def test_info_says_what_it_is(self, kind: str, made: Any) -> None:
+        for file in made(kind)[1]:
+            found = describe(file.path)
+            assert found.kind == {"PiSSA": "LoRA"}.get(kind, kind)
+            assert not found.unread
+            assert found.suspicious == ()
+
+    def test_half_a_file_changes_nothing_of_the_base(
+        self, kind: str, made: Any, tmp_path: Path
+    ) -> None:
+        recipe, files = made(kind)
+        tensors, metadata = read_safetensors(files[-1].path)
+        one = next(key for key in tensors if not key.endswith(".alpha"))
+        strange = {k.replace("unet", "unot"): t for k, t in tensors.items() if k != one}
+        write_safetensors(tmp_path / "broken.safetensors", strange, metadata)
+        family = families.load(recipe.base)
+        before = predict(family)
+        with pytest.raises(VerificationError):
+            load_file(family, tmp_path / "broken.safetensors", "broken")
+        if not files[-1].diffusers:
+            assert predict(family).equal(before)
+
+
+class TestSeveral:
+    def test_all_kinds_at_once_in_any_order(self, made: Any) -> None:
+        """But DoRA: in peft it turns what the adapters before it add."""
+        recipe = made("LoRA")[0]
+        paths = [made(kind)[1][-1].path for kind in KINDS if kind != "DoRA"]
+        drawn = []
+        for order in (paths, paths[::-1]):
+            painter = load(recipe.base, [(path, 0.5) for path in order], "cpu")
+            drawn.append(predict(painter.family))
+        torch.testing.assert_close(drawn[0], drawn[1], atol=1e-4, rtol=1e-4)
+
+    def test_two_of_whole_weights_add_up(self, made: Any) -> None:
+        recipe, files = made("whole")
+        once = load(recipe.base, [files[0].path], "cpu")
+        half = load(recipe.base, [(files[0].path, 0.75), (files[0].path, 0.25)], "cpu")
+        torch.testing.assert_close(predict(half.family), predict(once.family), atol=1e-5, rtol=1e-5)
+
+    def test_a_base_in_half_precision_draws_with_every_kind(self, made: Any) -> None:
+        for kind in KINDS:
+            recipe, files = made(kind)
+            base = recipe.base.model_copy(update={"dtype": "bf16"})
+            wanted = predict(load(recipe.base, [files[-1].path], "cpu").family)
+            found = predict(load(base, [files[-1].path], "cpu").family).float()
+            assert float((found - wanted).norm() / wanted.norm()) < 0.05, kind
+
+
+def test_a_layout_that_cannot_carry_the_adapter_is_refused_before_training(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    from tunekit.recipe import recipe_from
+
+    tree: dict[str, Any] = recipe_for(tiny_folder()).model_dump(exclude_defaults=True)
+    tree["data"]["source"] = str(tiny_folder())
+    for adapter, layout, why in (
+        ({"kind": "loha"}, "diffusers", "diffusers has no loader for loha: use kohya"),
+        ({"kind": "lora", "dora": True}, "kohya", "no client draws dora from kohya's naming"),
+        ({"kind": "full"}, "diffusers", "no loader for differences of whole weights"),
+    ):
+        wrong = tree | {"adapter": adapter, "export": {"layouts": [layout]}}
+        with pytest.raises(UserError, match=rf"export\.layouts: .*{why}"):
+            recipe_from(wrong)
+        assert recipe_from(wrong, ["export.layouts=null"]).export.layouts is None
