@@ -143,14 +143,15 @@ def test_an_earlier_checkpoint_can_be_taken(
     assert_same(whole.folder, out)
 
 
-class TestRefused:
-    @pytest.fixture(scope="class")
-    def stopped(self, tree: Callable[..., Tree], tmp_path_factory: pytest.TempPathFactory) -> Path:
-        out = tmp_path_factory.mktemp("stopped") / "run"
-        with pytest.raises(Killed):
-            tunekit.train(recipe(tree), out=out, reporter=KillAt(5))
-        return out
+@pytest.fixture(scope="module")
+def stopped(tree: Callable[..., Tree], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Killed):
+        tunekit.train(recipe(tree), out=out, reporter=KillAt(5))
+    return out
 
+
+class TestRefused:
     def refusal(self, out: Path, changed: Tree, **options: Any) -> str:
         before = sorted(out.rglob("*"))
         with pytest.raises(UserError) as caught:

@@ -28,13 +28,8 @@ LATEST = "latest"
 
 def main() -> NoReturn:
     """Run the command line. A user's fault is told in plain lines on stderr, with exit code 2."""
-    from tunekit.interrupts import Interrupted
-
     try:
         app(_with_latest(sys.argv[1:]))
-    except Interrupted as exc:
-        typer.echo(str(exc), err=True)
-        sys.exit(exc.exit_code)
     except UserError as exc:
         typer.echo(str(exc), err=True)
     except OSError as exc:
@@ -100,18 +95,23 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Teach what a recipe says. The adapter, samples, scores and a report stay in a folder."""
+    from tunekit.interrupts import Interrupted
     from tunekit.progress import OnScreen
     from tunekit.run import train
 
-    run = train(
-        recipe,
-        overrides or (),
-        out=out,
-        overwrite=overwrite,
-        reporter=OnScreen(),
-        resume=resume is not None if resume in (None, LATEST) else resume,
-        allow_changed=allow_changed,
-    )
+    try:
+        run = train(
+            recipe,
+            overrides or (),
+            out=out,
+            overwrite=overwrite,
+            reporter=OnScreen(),
+            resume=resume is not None if resume in (None, LATEST) else resume,
+            allow_changed=allow_changed,
+        )
+    except Interrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(stopped.exit_code) from None
     if as_json:
         print_json(run.as_dict())
     else:

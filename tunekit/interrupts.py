@@ -11,7 +11,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818 - not an error, and nothing may swallow it
+class Interrupted(KeyboardInterrupt):
     """A process that was asked to stop and did; `exit_code` is 128 + the signal's, as shells do."""
 
     def __init__(self, message: str, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,9 @@ class Samples:
         from PIL import Image
 
         for sheet in sorted(self.folder.glob("step-*.png")):
-            step = int(sheet.stem.removeprefix("step-"))
+            if not (found := re.fullmatch(r"step-(\d+)", sheet.stem)):
+                continue  # a single picture, and not the grid of a step
+            step = int(found[1])
             for timeline in self.timelines:
                 path = self.folder / picture_name(sheet.stem, timeline.prompt, timeline.seed)
                 if step <= last and path.exists():
