@@ -16,7 +16,7 @@ import tunekit
 from tunekit import checkpoint, families, verification
 from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.errors import UserError
-from tunekit.export import ExportedFile, export_adapter
+from tunekit.export import ExportedFile, export_adapter, verify
 from tunekit.families import Family
 from tunekit.inference import DrawSettings, Painter, load
 from tunekit.info import describe
@@ -128,6 +128,32 @@ class TestEveryKind:
             load_file(family, tmp_path / "broken.safetensors", "broken")
         if not files[-1].diffusers:
             assert predict(family).equal(before)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "whole"])
+def test_what_was_taught_to_a_base_in_half_precision_passes_too(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = _recipe(tiny_folder(), KINDS[kind], base={"dtype": "bf16"})
+    files = export_adapter(*teach(recipe, 0.05), recipe, tmp_path)
+    assert all(file.path.is_file() for file in files)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_strength_off_by_a_fiftieth_is_found(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In one module of many, whatever the kind and the layout."""
+    recipe = _recipe(tiny_folder(), KINDS[kind])
+    family, adapter = teach(recipe, 0.05)
+    for layout in recipe.adapter.layouts():
+        tensors, metadata = adapter.export_state(layout)
+        ends = (".lora_B.weight", ".lora_up.weight", "hada_w1_a", "lokr_w1", "oft_blocks", ".diff")
+        one = next(key for key in tensors if key.endswith(ends))
+        wrong = tensors | {one: tensors[one] * 1.02}
+        write_safetensors(tmp_path / "wrong.safetensors", wrong, metadata)
+        with pytest.raises(VerificationError, match="changes the weights as trained"):
+            verify(tmp_path / "wrong.safetensors", recipe, family, adapter)
 
 
 class TestSeveral:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from tunekit import seeding
-from tunekit.adapters._peft import NAME, PeftAdapter, Ranked
+from tunekit.adapters._peft import NAME, PeftAdapter, Plan, Ranked
 from tunekit.errors import UserError
 from tunekit.schema import also
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from tunekit.families.base import Family
 
 
 class LycorisSettings(Ranked):
@@ -42,6 +45,18 @@ class LycorisAdapter(PeftAdapter):
     @abstractmethod
     def draw(cls, factor: str, first: Tensor, held: set[str], random: torch.Generator) -> None:
         """Fill `first` with a factor's first values; held: the factors that the layer has."""
+
+    @classmethod
+    def check(cls, family: Family, settings: Any, plan: Plan, ranks: Mapping[str, int]) -> None:
+        for component, names in plan.items():
+            for name in names:
+                weight: Any = family.component(component).get_submodule(name).weight
+                if not weight.is_floating_point():
+                    raise UserError(
+                        f"adapter.kind: {cls.kind} on quantised weights such as {component}.{name} "
+                        "is nothing that peft computes: hold the base in bf16, or choose another "
+                        "kind"
+                    )
 
     @classmethod
     def initialise(cls, layer: Any, settings: Any, seed: int, purpose: str) -> None:
