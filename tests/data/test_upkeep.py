@@ -307,5 +307,5 @@ def test_a_kept_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "prior").write_text("in the way")
     with pytest.raises(UserError, match="the cache cannot be"):
         cache.keep_file("prior", "a" * 64, ".png", lambda: b"x")
-    assert shelf.SHARD_BYTES == 16_000_000
+    assert shelf.SHARD_BYTES == 8_000_000
     assert (cache.hits, cache.misses) == (0, 0)

@@ -79,7 +79,7 @@ class Entry:
 class Cache:
     """Tensors by kind and content key under `root`; safe with several processes and threads.
 
-    New entries are gathered and written some 16 MB at a time: at `flush`, at the end of `using`, or
+    New entries are gathered and written some 8 MB at a time: at `flush`, at the end of `using`, or
     when this object goes, at the latest.
 
     root: default `cache_root()`. say: told of a damaged entry, one line.

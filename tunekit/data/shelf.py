@@ -18,7 +18,7 @@ from tunekit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARD_BYTES = 16_000_000
+SHARD_BYTES = 8_000_000
 SHARD_ENTRIES = 1024  # of small entries the header would grow long
 SHARD_SECONDS = 30.0  # what a killed process may lose of a slow encoder's work
 _COARSE = 2.0  # seconds: how far apart two changes of a folder may share a time stamp
