@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from tunekit.diffusion import NoiseSchedule
+    from tunekit.diffusion import Schedule
     from tunekit.schema import Base
 
 __all__ = [
@@ -90,7 +90,7 @@ class Family(ABC):
     device: torch.device
     dtype: torch.dtype
     denoiser: nn.Module
-    schedule: NoiseSchedule
+    schedule: Schedule
     default_resolution: int
     """Edge of the pictures the base was made for, in pixels."""
     label: str
