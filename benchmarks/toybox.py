@@ -66,7 +66,7 @@ def name_pictures(count: int = 1000, seed: int = 4343) -> dict[str, dict[str, fl
     told: dict[str, dict[str, float]] = {}
     mean = torch.stack(wordings).mean(0)
     mean = mean / mean.norm(dim=1, keepdim=True)
-    for name, texts in (("one wording", wordings[1]), ("six wordings", mean)):
+    for name, texts in (("one wording", wordings[0]), ("six wordings", mean)):
         for way, shares in attributes.accuracy(images, texts, attributes.labels(facts)).items():
             told[f"{way}, {name}"] = shares
     return told

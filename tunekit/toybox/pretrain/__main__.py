@@ -27,7 +27,7 @@ COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13), "odd
 STEPS = {
     "clip": 550,
     "clip-vision": 900,
-    "clip-attributes": 2_800,
+    "clip-attributes": 1_600,
     "vae": 4_000,
     "judge": 900,
     "subject": 700,
