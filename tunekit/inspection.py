@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,7 @@ class Inspection:
             "ok": self.ok,
             "resolutions": list(self.sheet.resolutions),
             "pictures": _pictures(self.sheet, plan.visits if plan else ()),
-            "findings": [_finding(finding) for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
             "training": {
                 "steps": plan.steps,
                 "pictures_a_step": plan.pictures_a_step,
@@ -388,13 +388,3 @@ def _pictures(sheet: DataSheet, visits: Sequence[tuple[int, int]]) -> list[dict[
             }
         )
     return pictures
-
-
-def _finding(finding: Finding) -> dict[str, Any]:
-    return {
-        "severity": finding.severity,
-        "code": finding.code,
-        "text": finding.text,
-        "names": list(finding.names),
-        "advice": finding.advice,
-    }
