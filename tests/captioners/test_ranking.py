@@ -15,8 +15,8 @@ from tunekit.errors import UserError
 from tunekit.toybox import world
 
 PICTURES = 200
-# Of the pictures, by what is named. The bundled CLIP is weakest at telling subjects apart.
-AT_LEAST = {"subject": 0.45, "colour": 0.85, "place": 0.85, "style": 0.85}
+# Of the pictures, by what is named.
+AT_LEAST = {"subject": 0.85, "colour": 0.85, "place": 0.85, "style": 0.85}
 
 
 def load(wishes: Wishes | None = None, **options: Any) -> Any:
