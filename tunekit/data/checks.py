@@ -26,7 +26,7 @@ SAME_BORDER = 8.0
 """Mean difference of border colours, of 255, up to which backgrounds are the same. Photographs of
 one subject in different places differ by 20 to 130, on one plain ground by 0 to 2."""
 FEWEST_FOR_BACKGROUND = 3
-_ROWS = 64  # pictures compared with all others at once: bounds the memory
+_ROWS = 16  # pictures compared with all others at once: bounds the memory
 
 UNKNOWN_TRIGGER, UNKNOWN_CLASS = "{trigger}", "{class}"
 """Stand for words that were not given, as they stand in captions; no recipe can hold them."""

@@ -121,6 +121,7 @@ class EncodedDataset:
             cache=cache,
             stage=stage,
         )
+        cache.flush()  # what is held of pictures is not held beside the texts
         made = cls(items, None, seed=seed, settings=data.captions)
         if encode_prompt is not None:
             made._conditioning = encode_texts(
