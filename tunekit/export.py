@@ -18,6 +18,7 @@ from tunekit.data.captions import expand, fill
 from tunekit.errors import UserError
 from tunekit.loading import VerificationError, read_by_diffusers
 from tunekit.verification import Parity, compare, make_probe, measure
+from tunekit.wholefile import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,14 +111,8 @@ def write_card(
     """
     described = [(f.path.name, f"{f.layout} layout, {f.dtype}, verified") for f in files]
     path = files[0].path.parent / CARD
-    partial = path.with_name(f".{CARD}.partial")
     card = modelcard.model_card(recipe, described, resolution, scores, files[0].diffusers)
-    try:
-        partial.write_text(card, "utf-8")
-        partial.replace(path)
-    except OSError as fault:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {fault.strerror}") from fault
+    write_whole(path, card)
     return path
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,44 +12,23 @@ from pydantic import ValidationError
 from tunekit import schema
 from tunekit.data import checks, contact
 from tunekit.data.records import SEVERITIES, Finding
-from tunekit.data.sheet import DataSheet, examine, shared_pictures, told
+from tunekit.data.sheet import DataSheet, examine, told
 from tunekit.data.source import fault_line
 from tunekit.errors import UserError
-from tunekit.prior import look as look_at_prior
 from tunekit.progress import Reporter, Silent
 from tunekit.recipe import load_recipe
 from tunekit.recipe_faults import explain, nested
 from tunekit.recipe_source import RecipeError, from_mapping, from_overrides
+from tunekit.sheets import RESOLUTION, Plan, by_severity, counting, look
+from tunekit.wholefile import write_whole
 
 if TYPE_CHECKING:
     from tunekit.families import Description
 
-RESOLUTION = 512
-"""Pixels, for a folder of which nobody said how large its pictures will be."""
-MULTIPLE = 8
 _RECIPES = (".yaml", ".yml")
 _LISTED = 60  # pictures in the table of the terminal
 _CAPTION = 90  # characters of a caption there; the JSON and the page have all
 _UNGIVEN = {"trigger": "(no trigger)", "class": "(no class)"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How often a run shows pictures. visits: the least and the most of each example."""
-
-    steps: int
-    pictures_a_step: int
-    epochs: float
-    visits: tuple[tuple[int, int], ...]
-
-    def told(self) -> str:
-        """Return the plan as a sentence."""
-        low, high = min(v[0] for v in self.visits), max(v[1] for v in self.visits)
-        each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        return (
-            f"{self.steps:,} steps of {self.pictures_a_step}: {self.epochs:,.4g} epochs, each "
-            f"picture shown {each} times"
-        )
 
 
 @dataclass(frozen=True)
@@ -134,14 +111,7 @@ class Inspection:
         """Write the contact sheet to a .html file, whole or not at all; replaces an older one."""
         if path.suffix.lower() not in (".html", ".htm"):
             raise UserError(f"{path}: a contact sheet is a page; name it .html")
-        text = self.html()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, self.html())
 
 
 def inspect(
@@ -175,28 +145,10 @@ def inspect(
 
 def _of_recipe(path: Path, overrides: Sequence[str], reporter: Reporter) -> Inspection:
     recipe = load_recipe(path, overrides)
-    data, train = recipe.data, recipe.train
     base, said = _describe(recipe.base)
-    size = None if data.resolutions else (base.default_resolution if base else RESOLUTION)
-    multiple = base.size_multiple if base else MULTIPLE
-    cut_words = base.cut_words if base else None
-    with _counting(reporter, "looking") as progress:
-        sheet = examine(data, size, multiple=multiple, cut_words=cut_words, progress=progress)
-    findings = [*said, *sheet.findings]
-    held_out = None
-    if data.holdout is not None:
-        with _counting(reporter, "held out") as progress:
-            held_out = examine(
-                data, sheet.resolution, multiple=multiple, folder=data.holdout, progress=progress
-            )
-        findings += [*_held_out(held_out), *_shared(sheet, held_out)]
-    with _counting(reporter, "class") as progress:
-        prior, told = look_at_prior(data, sheet.resolution, multiple, progress)
-    findings += told
-    plan = _plan(sheet, train.steps, train.batch_size, train.gradient_accumulation)
-    if plan:
-        findings += checks.seldom(sheet.examples, plan.visits)
-    return Inspection(sheet, held_out, plan, _sorted(findings), prior)
+    seen = look(recipe.data, recipe.train, base, reporter)
+    findings = by_severity([*said, *seen.findings])
+    return Inspection(seen.training, seen.held_out, seen.plan, findings, seen.prior)
 
 
 def _describe(base: schema.Base) -> tuple[Description | None, list[Finding]]:
@@ -207,35 +159,6 @@ def _describe(base: schema.Base) -> tuple[Description | None, list[Finding]]:
     except UserError as error:
         text = f"the base cannot be described, so captions are not held to what it reads: {error}"
         return None, [Finding("warning", "base", text)]
-
-
-def _held_out(sheet: DataSheet) -> list[Finding]:
-    """Return what to tell of held-out pictures: their words and looks are not trained on."""
-    kept = ("enlarged", "much-cut", "duplicate", "near-duplicate", "blank")
-    return [
-        Finding(f.severity, f"held-out-{f.code}", f"held out: {f.text}", f.names, f.advice)
-        for f in sheet.findings
-        if f.severity == "error" or f.code in kept
-    ]
-
-
-def _shared(sheet: DataSheet, held_out: DataSheet) -> list[Finding]:
-    pairs = shared_pictures(sheet, held_out)
-    if not pairs:
-        return []
-    names = tuple(f"{held} ({trained})" for trained, held in pairs)
-    text = "held-out pictures that are training pictures as well"
-    advice = "keep them apart: else the ceiling of the scores means nothing"
-    return [Finding("error", "held-out-shared", text, names, advice)]
-
-
-def _plan(sheet: DataSheet, steps: int, batch_size: int, accumulation: int) -> Plan | None:
-    if sheet.errors or not sheet.examples:
-        return None
-    visits = sheet.visits(batch_size, steps * accumulation)
-    a_step = batch_size * accumulation
-    epoch = sum(example.repeats for example in sheet.examples) * len(sheet.resolutions)
-    return Plan(steps, a_step, steps * a_step / epoch, visits)
 
 
 class _Folder(schema.Section):
@@ -263,9 +186,9 @@ def _of_folder(
     unknown = {"trigger": checks.UNKNOWN_TRIGGER, "class_noun": checks.UNKNOWN_CLASS}
     fields = {"trigger": "trigger", "class": "class_noun"}
     data = data.model_copy(update={fields[key]: unknown[fields[key]] for key in words})
-    with _counting(reporter, "looking") as progress:
+    with counting(reporter, "looking") as progress:
         sheet = examine(data, None if data.resolutions else RESOLUTION, progress=progress)
-    return Inspection(sheet, None, None, _sorted([*sheet.findings, *_assumed(data, words)]))
+    return Inspection(sheet, None, None, by_severity([*sheet.findings, *_assumed(data, words)]))
 
 
 def _given(key: str, options: dict[str, Any], overrides: Sequence[str]) -> bool:
@@ -284,24 +207,6 @@ def _assumed(data: schema.Data, words: Sequence[str]) -> list[Finding]:
         found.append(Finding("note", "assumed", text, (), f"give {named}"))
     text = "no base given: captions are not held to what its text encoder reads"
     return [*found, Finding("note", "assumed", text, (), "inspect a recipe for that")]
-
-
-@contextlib.contextmanager
-def _counting(reporter: Reporter, name: str) -> Iterator[Callable[[int, int], None]]:
-    """Open a stage of the reporter as soon as it is known how much there is to do."""
-    with contextlib.ExitStack() as stack:
-        ticks: list[Any] = []
-
-        def progress(done: int, total: int) -> None:
-            if not ticks:
-                ticks.append(stack.enter_context(reporter.stage(name, total)))
-            ticks[0]()
-
-        yield progress
-
-
-def _sorted(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def _line(finding: Finding) -> str:

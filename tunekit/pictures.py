@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import JsonValue
 
 from tunekit.errors import UserError
+from tunekit.wholefile import whole_file
 
 KEY = "tunekit"  # PNG text: every setting as JSON
 READABLE = "parameters"  # PNG text: the same for people, in the form that web UIs display
@@ -34,26 +33,11 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, JsonValue]) 
     info.add_text(READABLE, readable(settings))
     info.add_text(KEY, json.dumps(dict(settings), ensure_ascii=False))
     try:
-        _write(image, path, info)
+        with whole_file(path) as part:
+            image.save(part, format="PNG", pnginfo=info)
     except OSError as fault:
         why = fault.strerror or str(fault)
         raise UserError(f"{path}: cannot be written: {why}") from fault
-
-
-def _write(image: Image.Image, path: Path, info: PngInfo) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the picture from others
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_settings(path: Path) -> dict[str, JsonValue]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,6 +14,7 @@ from tunekit.data.listing import METADATA, decode_text
 from tunekit.data.metadata import caption_column, json_object, more_captions
 from tunekit.data.records import Record
 from tunekit.errors import UserError
+from tunekit.wholefile import write_whole
 
 _IN_METADATA = re.compile(r"metadata\.(?:jsonl|csv):(\d+)")
 _IN_SIDECAR = re.compile(r".+\.(?:txt|caption)", re.DOTALL)
@@ -52,7 +51,7 @@ class Place:
                     shutil.copyfile(record.path, self.out.parent / name)
         if self.sidecars:
             for name, text in captions.items():
-                _write(self._sidecar(name), text + "\n")
+                write_whole(self._sidecar(name), text + "\n")
             return
         rows = [line for line in self.lines if line.strip()]
         column = caption_column(_columns(rows), None) or "text"
@@ -66,7 +65,7 @@ class Place:
             elif name in added and name not in self.numbers:
                 row = {"file_name": name, column: added[name]}
                 lines.append(json.dumps(row, ensure_ascii=False))
-        _write(self.out, "".join(f"{line}\n" for line in lines if line.strip()))
+        write_whole(self.out, "".join(f"{line}\n" for line in lines if line.strip()))
 
     def _sidecar(self, name: str) -> Path:
         own = self.files[name].origin
@@ -175,24 +174,3 @@ def _changed(line: str, column: str, caption: str) -> str:
     for other in more_captions(row, column):
         del row[other]
     return json.dumps({**row, column: caption}, ensure_ascii=False)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises UserError with the path where the disk refuses."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from others
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

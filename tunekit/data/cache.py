@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 from tunekit.data import upkeep
 from tunekit.data.locks import shared
-from tunekit.data.shards import Block, whole_file
+from tunekit.data.shards import Block
 from tunekit.data.shelf import Shelf, unusable
 from tunekit.errors import UserError
+from tunekit.wholefile import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,18 +7,16 @@ into memory, so what a process holds does not grow with what it has read.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunekit.errors import UserError
 from tunekit.safefile import check_header
+from tunekit.wholefile import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,29 +103,10 @@ def write_shard(path: Path, blocks: Mapping[str, Block]) -> dict[str, Span]:
         file.write(text)
         for block in blocks.values():
             file.write(block.data)
-        file.flush()
-        os.fsync(file.fileno())
     return {
         key: span._replace(start=start + span.start, end=start + span.end)
         for key, span in spans.items()
     }
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a name to write to; the file appears at `path` when the block ends well, else nowhere.
-
-    Makes the folder. Raises OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            part.unlink(missing_ok=True)
-        raise
 
 
 def read_spans(path: Path) -> dict[str, Span]:
