@@ -150,6 +150,7 @@ def test_a_recipe_with_three_faults_has_three_lines_and_exit_code_2(
         (["validate", "smal.yaml"], 'smal.yaml: there is no such recipe (did you mean "small.ya'),
         (["validate", "small.yaml", "steps"], 'override "steps": is not KEY=VALUE'),
         (["train", "small.yaml", "train.steps=x"], "train.steps: must be a whole number"),
+        (["train", "--resume", "small.yaml", "train.steps=x"], "train.steps: must be a whole"),
         (["generate", "--run", "runs/none"], "runs/none: "),
         (["generate", "--prompt", "a"], "--base toybox"),
         (["generate", "--prompt", "a", "--base", "toybox", "--count", "0"], "count: 0 is not in"),

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tunekit.cli import main
+from tunekit.data.records import DataError
 from tunekit.errors import UserError
 from tunekit.inspection import Inspection, inspect
 from tunekit.recipe_source import RecipeError
@@ -85,6 +86,47 @@ def test_errors_are_shown_beside_warnings_and_all_pictures_that_can_be(
     assert "  cut.png: " in text
     assert "training refuses this: 2 errors to mend" in text
     assert "small.png  20x20  refused" in text.replace("    ", "  ")
+
+
+def test_impossible_buckets_are_a_finding_and_all_else_is_shown(
+    paint: Any, recipe: Any, tmp_path: Path
+) -> None:
+    paint("train/a.png", 1, text="a zorp robot")
+    Image.new("L", (96, 96), 255).save(tmp_path / "train" / "a.mask.png")
+    for override in ("data.buckets.step=100", "data.buckets.min=500"):
+        found = inspect(recipe("  mask: {}\n"), [override])
+        assert codes(found) == ["buckets"]
+        (picture,) = json.loads(json.dumps(found.as_dict()))["pictures"]
+        assert (picture["trained"], picture["visits"]) == ([], None)
+        assert any("refused" in line for line in found.lines())
+        assert "made about 64x64" in found.lines()[0]
+        found.save(tmp_path / "page.html")
+        assert "data.buckets: " in (tmp_path / "page.html").read_text()
+
+
+def test_names_and_captions_drive_no_terminal(paint: Any, recipe: Any) -> None:
+    paint("train/a\x1b[2J\n.png", 1, text="robot \x1b]0;mine\x07, \u202eyako")
+    paint("train/small\x1b.png", 2, (20, 20), text="a zorp robot\rno")
+    found = inspect(recipe())
+    lines = found.lines()
+    assert codes(found) == ["too-small"]
+    assert not any(set(line) & set("\x1b\x07\n\r\u202e") for line in lines)
+    row = next(line for line in lines if line.startswith(r"a\x1b[2J\n.png  "))
+    assert row.endswith(r"robot \x1b]0;mine\x07, \u202eyako")
+    assert found.as_dict()["pictures"][0]["name"] == "a\x1b[2J\n.png"
+    with pytest.raises(DataError) as refused:
+        found.sheet.check()
+    assert r"small\x1b.png: 20x20" in str(refused.value)
+    assert "\x1b" not in str(refused.value)
+
+
+@pytest.mark.parametrize("word", ["true", "12", "null", '"q"', "a: b", "zo\N{CAT FACE}rp"])
+def test_a_word_is_a_word_whatever_yaml_would_make_of_it(
+    paint: Any, recipe: Any, word: str
+) -> None:
+    paint("train/a.png", 1, text="a zorp robot")
+    found = inspect(recipe(), trigger=word, resolution=32)
+    assert (found.sheet.data.trigger, found.sheet.resolution) == (word, 32)
 
 
 def test_the_json_holds_everything(paint: Any, recipe: Any) -> None:
@@ -165,7 +207,9 @@ def test_a_folder_needs_no_recipe_and_says_what_it_assumed(paint: Any, tmp_path:
     assert [e.caption for e in found.sheet.examples] == ["a dog", "a {trigger} {class}"]
     said = "\n".join(found.lines())
     assert "no resolution given: looked at for 512 pixels" in said
-    assert "no trigger and no class given" in said
+    assert "no trigger and no class given: whether captions say them is not checked" in said
+    said = "\n".join(inspect(tmp_path / "some pictures", class_noun="robot").lines())
+    assert "no trigger given: whether captions say it is not checked" in said
 
 
 def test_options_and_overrides_of_a_folder(paint: Any, tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ def test_a_log_file_gets_ten_lines_a_stage() -> None:
     assert "s left" in lines[1]
 
 
+def test_a_long_note_stays_one_line_in_a_log_file() -> None:
+    text = io.StringIO()
+    OnScreen(Console(file=text, width=80)).note("a long remark " * 20)
+    assert text.getvalue().count("\n") == 1
+
+
 def test_few_things_get_a_line_each() -> None:
     assert sum(line.startswith("training") for line in written(False, 5).splitlines()) == 5
 

@@ -42,12 +42,16 @@ def main() -> NoReturn:
 
 
 def _with_latest(arguments: list[str]) -> list[str]:
-    """Return the arguments with `--resume` as `--resume LATEST` where no checkpoint follows it."""
+    """Return the arguments with `--resume` as `--resume LATEST` where no checkpoint follows it.
+
+    A recipe file that follows it is the recipe: checkpoints are folders, such as step-000200.
+    """
     words: list[str] = []
     for number, word in enumerate(arguments):
         words.append(word)
         after = arguments[number + 1] if number + 1 < len(arguments) else "-"
-        if word == "--resume" and (after.startswith("-") or "=" in after):
+        recipe = Path(after).suffix.lower() in (".yaml", ".yml")
+        if word == "--resume" and (after.startswith("-") or "=" in after or recipe):
             words.append(LATEST)
     return words
 

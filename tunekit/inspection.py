@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from tunekit import schema
 from tunekit.data import checks, contact
-from tunekit.data.records import SEVERITIES, Finding
+from tunekit.data.records import SEVERITIES, Finding, printable
 from tunekit.data.sheet import DataSheet, examine, told
 from tunekit.data.source import fault_line
 from tunekit.errors import UserError
@@ -136,7 +137,8 @@ def inspect(
     path = Path(target)
     reporter = reporter or Silent()
     if path.suffix.lower() in _RECIPES:
-        own = [f"data.{key}={value}" for key, value in options.items()]
+        # In quotes, since they are values: "true" and "12" are words as good as others.
+        own = [f"data.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in options.items()]
         return _of_recipe(path, [*overrides, *own], reporter)
     if not path.exists() and "*" not in path.name:
         raise UserError(f"{target}: there is no such recipe or folder of pictures")
@@ -203,7 +205,8 @@ def _assumed(data: schema.Data, words: Sequence[str]) -> list[Finding]:
         found.append(Finding("note", "assumed", text, (), "--resolution says another"))
     if words:
         named = " and ".join(f"--{key}" for key in words)
-        text = f"no {' and no '.join(words)} given: whether captions say them is not checked"
+        what = "it" if len(words) == 1 else "them"
+        text = f"no {' and no '.join(words)} given: whether captions say {what} is not checked"
         found.append(Finding("note", "assumed", text, (), f"give {named}"))
     text = "no base given: captions are not held to what its text encoder reads"
     return [*found, Finding("note", "assumed", text, (), "inspect a recipe for that")]
@@ -212,7 +215,7 @@ def _assumed(data: schema.Data, words: Sequence[str]) -> list[Finding]:
 def _line(finding: Finding) -> str:
     """Return a finding without its severity; an error begins with the file it is about."""
     if finding.severity == "error":
-        return fault_line(finding)
+        return printable(fault_line(finding))
     return told(finding).removeprefix(f"{finding.severity}: ")
 
 
@@ -228,10 +231,11 @@ def _table(sheet: DataSheet) -> list[str]:
         for resolution in sheet.resolutions:
             crops = sheet.crops(example, resolution)
             cells = _cells(example.width, example.height, crops)
-            name, size = (example.name, f"{example.width}x{example.height}") if first else ("", "")
+            size = f"{example.width}x{example.height}"
+            name, size = (printable(example.name), size) if first else ("", "")
             more = f" (and {len(example.captions) - 1} more)" if len(example.captions) > 1 else ""
             words = example.caption
-            words = words if len(words) <= _CAPTION else f"{words[:_CAPTION]}..."
+            words = printable(words if len(words) <= _CAPTION else f"{words[:_CAPTION]}...")
             rows.append((name, size, *cells, f"{words}{more}" if first else ""))
             first = False
     widths = [max(len(row[column]) for row in rows) for column in range(6)]

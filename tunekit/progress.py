@@ -52,7 +52,7 @@ class OnScreen:
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
-        self.console.print(text, style="dim", markup=False)
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Ticker]:

@@ -56,6 +56,14 @@ class Buckets(Section):
         json_schema_extra=also("bucket_reso_steps", "bucket_step"),
     )
 
+    @field_validator("max")
+    @classmethod
+    def _not_below_min(cls, value: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("min")
+        if value is not None and least is not None and least > value:
+            raise ValueError(f"{value} is less than min, {least}: no edge is between them")
+        return value
+
 
 class Mask(Section):
     """Which part of a picture is the subject: the loss counts there."""

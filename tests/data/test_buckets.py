@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tunekit.data.buckets import MOST_ENLARGED, Fit, cover, faults, plan, sizes
 from tunekit.errors import UserError
@@ -141,6 +143,21 @@ def test_what_is_too_small_is_refused_with_what_to_do() -> None:
 def test_impossible_buckets_are_one_line() -> None:
     with pytest.raises(UserError, match=r"data\.buckets: .* 32 to 128 .* steps of 192 .* 64x64"):
         sizes(64, Buckets(step=64), 24)
+
+
+def test_why_buckets_are_impossible_is_told_with_what_was_typed() -> None:
+    def says(**keys: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            sizes(64, Buckets(**keys), 8)
+        return str(caught.value)
+
+    assert "in steps of 200 (what data.buckets.step: 100 and the base have in" in says(step=100)
+    assert "in steps of 512 and no" in says(step=512)
+    said = says(min=500)
+    assert "shortest edge (500 pixels) is longer than the longest (128, twice the reso" in said
+    assert "shortest edge (32 pixels, half the resolution of 64) is longer" in says(max=16)
+    with pytest.raises(ValidationError, match="256 is less than min, 512"):
+        Buckets(min=512, max=256)
 
 
 def test_a_picture_of_its_buckets_size_is_not_touched() -> None:

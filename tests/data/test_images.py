@@ -84,7 +84,9 @@ def test_what_is_no_picture_is_told_by_what_it_is(
 def test_a_huge_header_is_refused_before_decoding(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png_header(*size))
-    with pytest.raises(PictureError, match="before decoding"):
+    millions = f"{size[0] * size[1] // 1_000_000:,}"
+    says = f"{millions} million pixels, refused before decoding; the limit is 100 million"
+    with pytest.raises(PictureError, match=says):
         decode(path)
 
 
@@ -116,6 +118,18 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert picture.notes == ("turned as its EXIF orientation says",)
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 99])
+def test_an_orientation_that_means_nothing_is_said_and_nothing_is_turned(
+    tmp_path: Path, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise().save(tmp_path / "a.jpg", exif=exif)
+    picture = decode(tmp_path / "a.jpg")
+    assert picture.image.size == (64, 48)
+    assert picture.notes == (f"its EXIF orientation, {orientation}, means nothing: not turned",)
+
+
 def test_cmyk(tmp_path: Path) -> None:
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
     picture = decode(tmp_path / "a.jpg")
@@ -129,7 +143,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path, kind: str) -
     Image.fromarray(values).save(tmp_path / f"a.{kind}")
     picture = decode(tmp_path / f"a.{kind}")
     assert np.asarray(picture.image)[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
-    assert picture.notes == ("16 bits a channel, reduced to 8",)
+    assert picture.notes == ("16 bits a channel, reduced to 8", "grey, converted to RGB")
 
 
 def test_sixteen_bit_colour_is_said(tmp_path: Path) -> None:
@@ -198,7 +212,7 @@ def test_palette_with_a_transparent_colour(tmp_path: Path) -> None:
     image.save(tmp_path / "b.png")
     picture = decode(tmp_path / "b.png")
     assert np.asarray(picture.image)[0].tolist() == [[0, 0, 255], [0, 255, 0]]
-    assert picture.notes == ()
+    assert picture.notes == ("colours of a palette, converted to RGB",)
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tif"])
@@ -212,11 +226,22 @@ def test_of_an_animation_the_first_frame(tmp_path: Path, kind: str) -> None:
     assert "holds 3 pictures" in picture.notes[0]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
-def test_grey_and_palette_modes(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [
+        ("1", "black and white (1 bit)"),
+        ("L", "grey"),
+        ("LA", "grey"),
+        ("P", "colours of a palette"),
+    ],
+)
+def test_grey_and_palette_modes_are_converted_and_said(
+    tmp_path: Path, mode: str, what: str
+) -> None:
     Image.new("RGB", (4, 4), "white").convert(mode).save(tmp_path / "a.png")
     picture = decode(tmp_path / "a.png")
     assert (picture.image.mode, picture.image.getpixel((1, 1))) == ("RGB", (255, 255, 255))
+    assert picture.notes == (f"{what}, converted to RGB",)
 
 
 def test_a_colour_profile_is_converted_to_srgb(tmp_path: Path) -> None:

@@ -238,7 +238,8 @@ def test_captions_of_their_own_the_template_and_the_words(scene: Any, look: Any)
     (folder / "b.txt").write_text("two zorpish robots")
     (folder / "c.caption").write_text("Zorp on the beach")
     sheet = look()
-    assert sheet.caption_sources() == {".txt files": 2, ".caption files": 1, "the template": 1}
+    told = [f.text for f in sheet.findings if f.code == "captions"]
+    assert told == ["captions: 2 from .txt files", "captions: 1 from .caption files"]
     missing = only(sheet, "missing-caption")
     assert (missing.severity, missing.names) == ("warning", ("d.png",))
     assert 'the template "a {trigger} {class}" captions them' in missing.text
@@ -270,10 +271,38 @@ def test_captions_longer_than_the_encoder_reads(scene: Any, look: Any) -> None:
     scene("a.png", 1).with_suffix(".txt").write_text("a zorp robot waving at us")
     scene("b.png", 2).with_suffix(".txt").write_text("a zorp robot")
     cut = lambda caption: " ".join(caption.split()[3:])  # noqa: E731
-    sheet = look().with_cut_captions(cut)
-    assert 'never reads the end of the caption: a.png ("waving at us")' in sheet.summary()[1]
-    assert look().with_cut_captions(lambda caption: "") == look()
-    assert "long-caption" in codes(examine(sheet.data, 64, cut_words=cut))
+    sheet = examine(look().data, 64, cut_words=cut)
+    assert 'never reads the end of the caption: a.png ("waving at us")' in "\n".join(
+        sheet.summary()
+    )
+    assert examine(look().data, 64, cut_words=lambda caption: "") == look()
+
+
+def test_of_tags_that_change_places_other_words_are_cut_at_each_visit(
+    scene: Any, look: Any
+) -> None:
+    scene("a.png", 1).with_suffix(".txt").write_text("a zorp robot, waving, at us")
+    scene("b.png", 2).with_suffix(".txt").write_text("a zorp robot at home with us")
+    cut = lambda caption: " ".join(caption.split()[4:])  # noqa: E731
+    data = look(captions={"shuffle": True}).data
+    first, second = (f for f in examine(data, 64, cut_words=cut).findings if "cap" in f.code[4:])
+    assert "never reads the end" in first.text
+    assert first.names == ('b.png ("home with us")',)
+    assert "other words are cut at each visit" in second.text
+    assert second.names == ('a.png (as it is written "at us")',)
+
+
+def test_a_trigger_that_tag_dropout_leaves_out(scene: Any, look: Any) -> None:
+    scene("a.png", 1).with_suffix(".txt").write_text("zorp robot, waving")
+    scene("b.png", 2).with_suffix(".txt").write_text("waving, zorp robot")
+    dropped = only(look(captions={"tag_dropout": 0.1}), "dropped-trigger")
+    assert (dropped.severity, dropped.names) == ("warning", ("a.png", "b.png"))
+    assert 'leaves out "zorp" at some visits' in dropped.text
+    assert "data.captions.keep_tokens: 1" in dropped.advice
+    kept = look(captions={"tag_dropout": 0.1, "keep_tokens": 1})
+    assert only(kept, "dropped-trigger").names == ("b.png",)
+    assert "dropped-trigger" not in codes(look(captions={"tag_dropout": 0.1, "prefix": "zorp,"}))
+    assert "dropped-trigger" not in codes(look(captions={"shuffle": True}))
 
 
 # Looks

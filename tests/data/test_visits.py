@@ -90,6 +90,32 @@ def test_one_bucket_is_a_permutation_an_epoch(count: int, batch_size: int, seed:
         assert {visit.number for visit in part} == {epoch}
 
 
+@settings(max_examples=60, deadline=None)
+@given(items=ITEMS, batch_size=st.integers(1, 8), batches=st.integers(1, 40))
+def test_what_is_expected_is_no_more_than_there_are(
+    items: list[tuple[str, int]], batch_size: int, batches: int
+) -> None:
+    told = expected(*zip(*items, strict=True), batch_size, batches)
+    assert sum(least for least, _ in told) <= batch_size * batches <= sum(most for _, most in told)
+    assert max(most for _, most in told) <= batch_size * batches
+
+
+def test_what_is_expected_is_exact() -> None:
+    assert expected(["a"], [18], 2, 4) == [(8, 8)]
+    assert expected("aab", [1, 1, 1], 1, 1) == [(0, 1)] * 3
+    assert expected("aa", [1, 3], 1, 5) == [(1, 2), (3, 4)]
+    # Each of the bounds is reached by some seed.
+    items = [("a", 2), ("a", 3), ("b", 2)]
+    told = expected(*zip(*items, strict=True), 2, 5)
+    seen: list[set[int]] = [set(), set(), set()]
+    for seed in range(300):
+        row = visits(items, seed, 2)
+        counts = Counter(visit.item for place in range(5) for visit in row.at(place))
+        for item, found in enumerate(seen):
+            found.add(counts[item])
+    assert [(min(found), max(found)) for found in seen] == told
+
+
 def test_a_round_is_the_shortest() -> None:
     assert round_of("aaab", [1] * 4, 2) == Round(epochs=2, batches=4)
     assert round_of("aabb", [1] * 4, 2).epochs == 1

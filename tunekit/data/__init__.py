@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tunekit.data.dataset import Batch, EncodedDataset
     from tunekit.data.images import fit, open_rgb, to_pixels
     from tunekit.data.records import DataError
-    from tunekit.data.sheet import DataSheet, Example, load_examples, preflight
+    from tunekit.data.sheet import DataSheet, Example, preflight
 
 _HOME = {
     "Batch": "dataset",
@@ -33,7 +33,6 @@ _HOME = {
     "fill": "captions",
     "fingerprint": "cache",
     "fit": "images",
-    "load_examples": "sheet",
     "open_rgb": "images",
     "preflight": "sheet",
     "to_pixels": "images",
@@ -49,7 +48,6 @@ __all__ = [
     "fill",
     "fingerprint",
     "fit",
-    "load_examples",
     "open_rgb",
     "preflight",
     "to_pixels",

@@ -92,11 +92,7 @@ def sizes(resolution: int, buckets: Buckets | None, multiple: int) -> tuple[Size
         if other >= least:
             found |= {(edge, other), (other, edge)}
     if not found:
-        raise UserError(
-            f"data.buckets: no bucket has edges of {buckets.min or resolution // 2} to "
-            f"{buckets.max or resolution * 2} pixels in steps of {unit} and no more pixels than "
-            f"{resolution}x{resolution}: lower data.buckets.step or data.buckets.min"
-        )
+        raise UserError(_impossible(resolution, buckets, unit))
     return tuple(sorted(found, key=lambda size: (size[0] / size[1], size)))
 
 
@@ -131,6 +127,14 @@ def faults(width: int, height: int, resolution: int, data: Data, multiple: int) 
     return None
 
 
+def usable(width: int, height: int, resolution: int, data: Data, multiple: int) -> bool:
+    """Return whether `plan` gives something: buckets that are impossible are not an exception."""
+    try:
+        return faults(width, height, resolution, data, multiple) is None
+    except UserError:  # told once, as a finding about all pictures
+        return False
+
+
 def _bucket(width: int, height: int, resolution: int, data: Data, multiple: int) -> Size | None:
     """Return the bucket a picture belongs to, None where it is too small for each of them."""
     near = _nearest(width, height, _all(resolution, data.buckets, multiple))
@@ -163,6 +167,25 @@ def _too_small(width: int, height: int, resolution: int, data: Data, multiple: i
         what += f"the smallest bucket, whose edges are {least} pixels, and would be enlarged"
         remedy = "lower data.buckets.min or data.buckets.step"
     return f"{what}; take a larger picture, {remedy}, or allow it with data.upscale: true"
+
+
+def _impossible(resolution: int, buckets: Buckets, unit: int) -> str:
+    """Return why no bucket is left, and what to change."""
+    least, most = buckets.min or max(1, resolution // 2), buckets.max or resolution * 2
+    if least > most:
+        own = "" if buckets.max else f", twice the resolution of {resolution}"
+        other = "" if buckets.min else f", half the resolution of {resolution}"
+        return (
+            f"data.buckets: the shortest edge ({least} pixels{other}) is longer than the longest "
+            f"({most}{own}): lower data.buckets.min or raise data.buckets.max"
+        )
+    steps = f"{unit}"
+    if unit != buckets.step:
+        steps += f" (what data.buckets.step: {buckets.step} and the base have in common)"
+    return (
+        f"data.buckets: no bucket has edges of {least} to {most} pixels in steps of {steps} and no "
+        f"more pixels than {resolution}x{resolution}: lower data.buckets.step or data.buckets.min"
+    )
 
 
 @lru_cache(maxsize=64)

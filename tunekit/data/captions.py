@@ -138,6 +138,14 @@ def all_texts(captions: tuple[str, ...], settings: Captions) -> frozenset[str] |
     return frozenset(texts)
 
 
+def may_lose(text: str, word: str, settings: Captions) -> bool:
+    """Return whether `settings.tag_dropout` can leave out all tags of `text` that say `word`."""
+    if not settings.tag_dropout or not word or not holds(text, word):
+        return False
+    head, _, tail = _parts(text, settings)
+    return not holds(_joint(settings.separator).join([*head, *tail]), word)
+
+
 def _occurrence(text: str, word: str) -> re.Match[str] | None:
     # Not \b: a trigger may begin or end with a sign, as <zorp> does.
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunekit.data import buckets
-from tunekit.data.captions import holds
+from tunekit.data.captions import all_texts, holds, may_lose
 from tunekit.data.measures import BLURRED, SAME_BITS, SAME_GREYS, Measures
 from tunekit.data.records import Example, Finding
 from tunekit.errors import UserError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tunekit.schema_data import Data, Mask
+    from tunekit.schema_source import Captions
 
 MUCH_CUT = 1 / 3
 ALL = 0.999  # of a mask that is white
@@ -106,6 +107,17 @@ def _unsaid(examples: Sequence[Example], data: Data) -> Iterator[Finding]:
             tuple(without),
             "write it where the subject is named, or set data.captions.trigger: insert",
         )
+    settings = data.captions
+    lost = [e.name for e in examples if any(may_lose(t, trigger, settings) for t in e.captions)]
+    if lost and trigger != UNKNOWN_TRIGGER:
+        yield Finding(
+            "warning",
+            "dropped-trigger",
+            f'data.captions.tag_dropout leaves out "{trigger}" at some visits, which then do not '
+            "teach the trigger",
+            tuple(lost),
+            "write it in the first tag and set data.captions.keep_tokens: 1",
+        )
     # Inside a longer word will do: "robots", "1girl".
     bare = [e.name for e in examples if any(noun.lower() not in t.lower() for t in e.captions)]
     if bare and noun != UNKNOWN_CLASS:
@@ -119,15 +131,32 @@ def _unsaid(examples: Sequence[Example], data: Data) -> Iterator[Finding]:
         )
 
 
-def cut_captions(examples: Sequence[Example], cut_words: Callable[[str], str]) -> list[Finding]:
-    """Return a warning for captions longer than the text encoder reads, with the words it cuts."""
+def cut_captions(
+    examples: Sequence[Example], cut_words: Callable[[str], str], settings: Captions
+) -> list[Finding]:
+    """Return a warning for captions longer than the text encoder reads, with the words it cuts.
+
+    cut_words: a caption -> the end of it that is never read, "" where all is read. settings: what
+    is done to captions at each visit, which may bring other words to the end.
+    """
     ends = {text: cut_words(text) for example in examples for text in example.captions}
-    names = [f'{e.name} ("{ends[text]}")' for e in examples for text in e.captions if ends[text]]
-    if not names:
-        return []
-    text = "the text encoder never reads the end of the caption"
+    fixed, changing = list[str](), list[str]()
+    for example in examples:
+        for text in example.captions:
+            if ends[text] and all_texts((text,), settings) is None:
+                changing.append(f'{example.name} (as it is written "{ends[text]}")')
+            elif ends[text]:
+                fixed.append(f'{example.name} ("{ends[text]}")')
+    told = (
+        ("the text encoder never reads the end of the caption", fixed),
+        (
+            "the caption is longer than the text encoder reads, and its tags are shuffled or left "
+            "out: other words are cut at each visit",
+            changing,
+        ),
+    )
     advice = "shorten it, what matters first"
-    return [Finding("warning", "long-caption", text, tuple(names), advice)]
+    return [Finding("warning", "long-caption", t, tuple(n), advice) for t, n in told if n]
 
 
 def seldom(examples: Sequence[Example], visits: Sequence[tuple[int, int]]) -> list[Finding]:

@@ -10,14 +10,16 @@ The conversion, in this order (each step that changed anything is noted):
    32-bit integers and floats are refused, since nothing says which value is white.
 5. A colour profile other than sRGB is converted to sRGB (perceptual intent); without a profile
    CMYK is converted by Pillow's plain formula. A profile that cannot be used is noted.
-6. Palette and grey become RGB. Transparency (alpha, or a colour marked transparent) is laid over
-   a background colour, white unless another is asked for; the alpha itself is kept beside it.
+6. Palette, black and white, and grey become RGB. Transparency (alpha, or a colour marked
+   transparent) is laid over a background colour, white unless another is asked for; the alpha
+   itself is kept beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,16 @@ PIXEL_LIMIT = 100_000_000
 _COLOURS = {"grey": "#808080"}  # CSS's; white and black mean the same everywhere
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "YCbCr", "CMYK"})
 _ALPHA_MODES = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
+_TURNED = range(2, 9)  # EXIF orientations; 1 is as it stands
+_KINDS = {
+    "1": "black and white (1 bit)",
+    "L": "grey",
+    "LA": "grey",
+    "La": "grey",
+    "P": "colours of a palette",
+    "PA": "colours of a palette",
+    "YCbCr": "YCbCr",
+}
 _KNOWN_CONTENT = (
     (b"<!doctype", "a web page (HTML) and not a picture: download the picture itself"),
     (b"<html", "a web page (HTML) and not a picture: download the picture itself"),
@@ -106,7 +118,7 @@ def decode(path: Path, background: str = "white") -> Picture:
         except UnidentifiedImageError:
             raise PictureError(_what_else(data)) from None
         except Image.DecompressionBombError as error:
-            raise PictureError(f"refused before decoding: {error}") from error
+            raise PictureError(_too_many_pixels(str(error))) from None
         except Exception as error:  # hostile bytes make decoders raise anything; each is a fault
             raise PictureError(f"broken: {error or type(error).__name__}") from error
     for warning in said:
@@ -121,10 +133,7 @@ def _decoded(
 ) -> tuple[Image.Image, Image.Image | None, list[str]]:
     width, height = opened.size
     if width * height >= PIXEL_LIMIT:
-        raise PictureError(
-            f"{width}x{height} is {width * height / 1e6:,.0f} million pixels, refused before "
-            f"decoding; the limit is {PIXEL_LIMIT // 1_000_000} million: make it smaller"
-        )
+        raise PictureError(_too_large(width * height, f"{width}x{height} is "))
     notes = []
     frames = getattr(opened, "n_frames", 1)
     if frames > 1:
@@ -135,9 +144,11 @@ def _decoded(
     opened.load()
     image: Image.Image = opened
     orientation = image.getexif().get(0x0112, 1)
-    if orientation != 1:
+    if orientation in _TURNED:
         image = ImageOps.exif_transpose(image)
         notes.append("turned as its EXIF orientation says")
+    elif orientation != 1:
+        notes.append(f"its EXIF orientation, {orientation}, means nothing: not turned")
     if deep or image.mode.startswith("I;16"):
         notes.append("16 bits a channel, reduced to 8")
     return *_to_rgb(image, background, notes), notes
@@ -156,12 +167,14 @@ def _to_rgb(
             "8-bit or 16-bit PNG"
         )
     see_through = image.has_transparency_data
+    if image.mode in _KINDS:
+        notes.append(f"{_KINDS[image.mode]}, converted to RGB")
     if image.mode in ("P", "PA") or see_through:
         image = image.convert("RGBA" if see_through else "RGB")
     if profile:
         image = _to_srgb(image, profile, notes)
-    elif image.mode == "CMYK":
-        notes.append("CMYK without a colour profile, converted by the plain formula")
+    if image.mode == "CMYK":
+        notes.append("CMYK, converted by the plain formula for want of a profile that fits")
     if not see_through:
         return image.convert("RGB"), None
     alpha = image.getchannel("A")
@@ -202,6 +215,21 @@ def _to_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Imag
     assert converted is not None  # only in-place conversion returns None
     notes.append(f'converted to sRGB from the colour profile "{name}"')
     return converted
+
+
+def _too_large(pixels: int, what: str = "") -> str:
+    return (
+        f"{what}{pixels / 1e6:,.0f} million pixels, refused before decoding; the limit is "
+        f"{PIXEL_LIMIT // 1_000_000} million: make it smaller"
+    )
+
+
+def _too_many_pixels(said: str) -> str:
+    """Return our own words for Pillow's, whose limit is another one."""
+    size = re.search(r"\((\d+) pixels\)", said)
+    if size:
+        return _too_large(int(size.group(1)))
+    return f"refused before decoding: more than {PIXEL_LIMIT // 1_000_000} million pixels"
 
 
 def _what_else(data: bytes) -> str:

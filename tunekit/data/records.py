@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,21 @@ from tunekit.errors import UserError
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+_UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # controls, half characters, line breaks
+_BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    """Return `text` in one line that drives no terminal: control characters as in ``\\x1b``."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character in _BIDI or unicodedata.category(character) in _UNPRINTABLE
+        else character
+        for character in text
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +67,7 @@ class Finding:
     def __str__(self) -> str:
         mark = "" if self.severity == "note" else f"{self.severity}: "
         told = f"{mark}{self.text}" + (f": {', '.join(self.names)}" if self.names else "")
-        return f"{told}; {self.advice}" if self.advice else told
+        return printable(f"{told}; {self.advice}" if self.advice else told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +107,8 @@ class DataError(UserError):
     """
 
     def __init__(self, where: object, faults: Iterable[str]) -> None:
-        self.faults = tuple(faults)
+        self.faults = tuple(map(printable, faults))
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        super().__init__("\n  ".join([f"{where}: {count}; nothing was used", *self.faults]))
+        super().__init__(
+            "\n  ".join([f"{printable(str(where))}: {count}; nothing was used", *self.faults])
+        )

@@ -17,7 +17,7 @@ from tunekit.data import buckets, checks, crops, masks, source, visits
 from tunekit.data.captions import expand
 from tunekit.data.images import Picture, decode, pixel_hash
 from tunekit.data.measures import Measures, measure
-from tunekit.data.records import SEVERITIES, DataError, Example, Finding, Record
+from tunekit.data.records import SEVERITIES, DataError, Example, Finding, Record, printable
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunekit.data.buckets import Fit
     from tunekit.schema_data import Data
 
-__all__ = ["DataError", "DataSheet", "Example", "Finding", "examine", "load_examples", "preflight"]
+__all__ = ["DataError", "DataSheet", "Example", "Finding", "examine", "preflight"]
 
 MOST_NAMED = 40
 """Pictures named after one remark in the summary; the others are counted."""
@@ -89,8 +89,10 @@ class DataSheet:
 
     def fit(self, example: Example, resolution: int) -> Fit | None:
         """Return an example's bucket and middle crop; None where it cannot be used."""
-        size = (example.width, example.height, resolution, self.data, self.multiple)
-        return None if buckets.faults(*size) else buckets.plan(*size)
+        size = (example.width, example.height)
+        if not buckets.usable(*size, resolution, self.data, self.multiple):
+            return None
+        return buckets.plan(*size, resolution, self.data, self.multiple)
 
     def crops(self, example: Example, resolution: int) -> tuple[Fit, ...]:
         """Return what of an example is trained on, each once; empty where it cannot be used.
@@ -105,7 +107,7 @@ class DataSheet:
             return crops.best_place(picture.image, mask, middle)
 
         size, multiple = (example.width, example.height), self.multiple
-        if buckets.faults(*size, resolution, self.data, multiple):
+        if not buckets.usable(*size, resolution, self.data, multiple):
             return ()
         found = crops.fits(*size, example.pixels, resolution, self.data, multiple, best)
         return tuple(found)
@@ -128,9 +130,12 @@ class DataSheet:
         sizes = [(fit.width, fit.height) for fit in shapes if fit]
         repeats = [e.repeats for e in self.examples] * len(self.resolutions)
         told = visits.expected(sizes, repeats, batch_size, batches)
-        count = len(self.examples)
+        count, all_visits = len(self.examples), batch_size * batches
         own = [told[place::count] for place in range(count)]
-        return tuple((sum(low for low, _ in each), sum(high for _, high in each)) for each in own)
+        return tuple(
+            (sum(low for low, _ in each), min(all_visits, sum(high for _, high in each)))
+            for each in own
+        )
 
     def summary(self) -> list[str]:
         """Return the sheet as lines of text."""
@@ -140,18 +145,17 @@ class DataSheet:
         """Return the sheet in one line: how many pictures, of which sizes, made what."""
         count = "1 picture" if len(self.examples) == 1 else f"{len(self.examples):,} pictures"
         if not self.examples:
-            return f"{self.label}: no picture that can be used"
+            return f"{printable(self.label)}: no picture that can be used"
         sizes = sorted({(e.width, e.height) for e in self.examples}, key=lambda s: s[0] * s[1])
         span = " to ".join(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])[: len(sizes)])
         made = " and ".join(self._made(resolution) for resolution in self.resolutions)
-        return f"{self.label}: {count} of {span}" + (f", made {made}" if made else "")
+        return f"{printable(self.label)}: {count} of {span}" + (f", made {made}" if made else "")
 
     def _made(self, resolution: int) -> str:
         if self.data.buckets is None:
             return f"{resolution}x{resolution}"
-        try:
-            counts = self.in_buckets(resolution)
-        except UserError:  # impossible buckets: told as an error
+        counts = self.in_buckets(resolution)
+        if not counts:  # none can be used: told as errors
             return f"about {resolution}x{resolution}"
         listed = [f"{w}x{h} ({n})" for (w, h), n in list(counts.items())[:6]]
         more = f" and {len(counts) - 6} more buckets" if len(counts) > 6 else ""
@@ -167,19 +171,6 @@ class DataSheet:
             return self
         assert not self.resolutions
         return replace(self, resolutions=(resolution,)).check()
-
-    def caption_sources(self) -> dict[str, int]:
-        """Return how many captions are from "metadata.jsonl", ".txt files", "the template" ..."""
-        return dict(Counter(checks.origin_kind(example.origin) for example in self.examples))
-
-    def with_cut_captions(self, cut_words: Callable[[str], str]) -> DataSheet:
-        """Return the sheet with a warning for captions longer than the text encoder reads.
-
-        cut_words: a caption -> the end of it that is never read, "" where all is read. Asked here
-        because conditioning found in the cache was cut long ago, and nobody would say so.
-        """
-        cut = checks.cut_captions(self.examples, cut_words)
-        return replace(self, found=(*cut, *self.found)) if cut else self
 
 
 def told(finding: Finding, most: int = MOST_NAMED) -> str:
@@ -203,7 +194,9 @@ def examine(
 
     resolution: edge in pixels the pictures will have; default `data.resolution`. With neither,
     nothing is said about enlarging and cutting. multiple: what edges must be multiples of, pixels.
-    cut_words: as for `DataSheet.with_cut_captions`. progress: told (pictures done, in all).
+    cut_words: a caption -> the end of it that the text encoder never reads, "" where it reads all;
+    asked here because conditioning found in the cache was cut long ago, and nobody would say so.
+    progress: told (pictures done, in all).
     Pictures in `folder` are only looked at: they need no masks and may be enlarged.
     """
     from tunekit.schema_source import Pictures
@@ -235,7 +228,7 @@ def examine(
         found = [f for f in found if f.code != "no-caption"]  # a table's word for the same
     found += words
     if cut_words:
-        found += checks.cut_captions(examples, cut_words)
+        found += checks.cut_captions(examples, cut_words, data.captions)
     found += checks.blank(examples, looks) + checks.duplicates(examples, looks)
     if data.mask:
         found += checks.masks(examples, looks, data.mask)
@@ -264,11 +257,6 @@ def preflight(
         cut_words=cut_words,
         progress=progress,
     ).check()
-
-
-def load_examples(data: Data) -> list[Example]:
-    """Return the checked examples of `data`'s sources. Raises as preflight does."""
-    return list(preflight(data).examples)
 
 
 def shared_pictures(one: DataSheet, other: DataSheet) -> list[tuple[str, str]]:
@@ -355,7 +343,7 @@ def _check_mask(
     size, fits = (example.width, example.height), []
     if mask.size == size:  # else nothing can be said of crops
         for resolution in wanted:
-            if not buckets.faults(*size, resolution, data, multiple):
+            if buckets.usable(*size, resolution, data, multiple):
                 best = partial(crops.best_place, picture.image, mask)
                 fits += crops.fits(*size, example.pixels, resolution, data, multiple, best)
     if fault := masks.check(mask, *size, data.mask, fits):

@@ -70,8 +70,8 @@ def expected(
 ) -> list[tuple[int, int]]:
     """Return the least and the most visits each item can get in the first `batches` of the row.
 
-    They are equal after whole rounds; between, the seed's shuffle decides. For the other
-    parameters see `round_of`.
+    They are exact over all seeds: some order gives each of them. They are equal after whole
+    rounds; between, the seed's shuffle decides. For the other parameters see `round_of`.
     """
     full = round_of(buckets, repeats, batch_size)
     whole, rest = divmod(batches, full.batches)
@@ -80,9 +80,13 @@ def expected(
     for bucket, times in zip(buckets, repeats, strict=True):
         row = full.epochs * counts[bucket] // batch_size
         fewest, most = max(0, rest - (full.batches - row)), min(rest, row)
-        epochs = fewest * batch_size // counts[bucket], -(-most * batch_size // counts[bucket])
-        told.append(tuple(times * (whole * full.epochs + more) for more in epochs))
-    return [(fewest, most) for fewest, most in told]
+        epochs, begun = divmod(fewest * batch_size, counts[bucket])
+        # Of an epoch that is not over, the others may have come first, or this item.
+        least = epochs * times + max(0, begun - (counts[bucket] - times))
+        epochs, begun = divmod(most * batch_size, counts[bucket])
+        before = whole * full.epochs * times
+        told.append((before + least, before + epochs * times + min(begun, times)))
+    return told
 
 
 class Visits:
