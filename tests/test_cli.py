@@ -148,6 +148,7 @@ def test_a_recipe_with_three_faults_has_three_lines_and_exit_code_2(
     ("arguments", "says"),
     [
         (["validate", "smal.yaml"], 'smal.yaml: there is no such recipe (did you mean "small.ya'),
+        (["validate", "\x1b[2J.yaml"], "\\x1b[2J.yaml: there is no such recipe"),
         (["validate", "small.yaml", "steps"], 'override "steps": is not KEY=VALUE'),
         (["train", "small.yaml", "train.steps=x"], "train.steps: must be a whole number"),
         (["train", "--resume", "small.yaml", "train.steps=x"], "train.steps: must be a whole"),

@@ -31,7 +31,10 @@ def main() -> NoReturn:
     try:
         app(_with_latest(sys.argv[1:]))
     except UserError as exc:
-        typer.echo(str(exc), err=True)
+        from tunekit.data.records import printable
+
+        # What is named in it may be anybody's: a file's name may hold what drives a terminal.
+        typer.echo("\n".join(map(printable, str(exc).split("\n"))), err=True)
     except OSError as exc:
         if exc.errno not in _MENDABLE:
             raise

@@ -92,7 +92,7 @@ def sizes(resolution: int, buckets: Buckets | None, multiple: int) -> tuple[Size
         if other >= least:
             found |= {(edge, other), (other, edge)}
     if not found:
-        raise UserError(_impossible(resolution, buckets, unit))
+        raise UserError(_impossible(resolution, buckets, multiple))
     return tuple(sorted(found, key=lambda size: (size[0] / size[1], size)))
 
 
@@ -169,7 +169,7 @@ def _too_small(width: int, height: int, resolution: int, data: Data, multiple: i
     return f"{what}; take a larger picture, {remedy}, or allow it with data.upscale: true"
 
 
-def _impossible(resolution: int, buckets: Buckets, unit: int) -> str:
+def _impossible(resolution: int, buckets: Buckets, multiple: int) -> str:
     """Return why no bucket is left, and what to change."""
     least, most = buckets.min or max(1, resolution // 2), buckets.max or resolution * 2
     if least > most:
@@ -179,9 +179,12 @@ def _impossible(resolution: int, buckets: Buckets, unit: int) -> str:
             f"data.buckets: the shortest edge ({least} pixels{other}) is longer than the longest "
             f"({most}{own}): lower data.buckets.min or raise data.buckets.max"
         )
-    steps = f"{unit}"
+    unit = math.lcm(buckets.step, multiple)
+    steps = str(unit)
     if unit != buckets.step:
-        steps += f" (what data.buckets.step: {buckets.step} and the base have in common)"
+        steps += (
+            f" (data.buckets.step is {buckets.step}, and edges are multiples of {multiple} too)"
+        )
     return (
         f"data.buckets: no bucket has edges of {least} to {most} pixels in steps of {steps} and no "
         f"more pixels than {resolution}x{resolution}: lower data.buckets.step or data.buckets.min"
