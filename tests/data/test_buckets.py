@@ -151,9 +151,8 @@ def test_why_buckets_are_impossible_is_told_with_what_was_typed() -> None:
             sizes(64, Buckets(**keys), 8)
         return str(caught.value)
 
-    assert "in steps of 200 (data.buckets.step is 100, and edges are multiples of 8 too)" in says(
-        step=100
-    )
+    said = says(step=100)
+    assert "steps of 200 (data.buckets.step: 100; edges are multiples of 8 as well)" in said
     assert "in steps of 512 and no" in says(step=512)
     said = says(min=500)
     assert "shortest edge (500 pixels) is longer than the longest (128, twice the reso" in said

@@ -182,9 +182,7 @@ def _impossible(resolution: int, buckets: Buckets, multiple: int) -> str:
     unit = math.lcm(buckets.step, multiple)
     steps = str(unit)
     if unit != buckets.step:
-        steps += (
-            f" (data.buckets.step is {buckets.step}, and edges are multiples of {multiple} too)"
-        )
+        steps += f" (data.buckets.step: {buckets.step}; edges are multiples of {multiple} as well)"
     return (
         f"data.buckets: no bucket has edges of {least} to {most} pixels in steps of {steps} and no "
         f"more pixels than {resolution}x{resolution}: lower data.buckets.step or data.buckets.min"
