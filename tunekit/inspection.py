@@ -17,7 +17,7 @@ from tunekit.data.sheet import DataSheet, examine, told
 from tunekit.data.source import fault_line
 from tunekit.errors import UserError
 from tunekit.progress import Reporter, Silent
-from tunekit.recipe import load_recipe
+from tunekit.recipe import Recipe, load_recipe
 from tunekit.recipe_faults import explain, nested
 from tunekit.recipe_source import RecipeError, from_mapping, from_overrides
 from tunekit.sheets import RESOLUTION, Plan, by_severity, counting, look
@@ -147,20 +147,26 @@ def inspect(
 
 def _of_recipe(path: Path, overrides: Sequence[str], reporter: Reporter) -> Inspection:
     recipe = load_recipe(path, overrides)
-    base, said = _describe(recipe.base)
-    seen = look(recipe.data, recipe.train, base, reporter)
+    base, said = _describe(recipe)
+    seen = look(recipe.data, recipe.train, base, reporter, [t.name for t in recipe.tokens])
     findings = by_severity([*said, *seen.findings])
     return Inspection(seen.training, seen.held_out, seen.plan, findings, seen.prior)
 
 
-def _describe(base: schema.Base) -> tuple[Description | None, list[Finding]]:
+def _describe(recipe: Recipe) -> tuple[Description | None, list[Finding]]:
     from tunekit import families
 
     try:
-        return families.describe(base), []
+        base = families.describe(recipe.base)
     except UserError as error:
         text = f"the base cannot be described, so captions are not held to what it reads: {error}"
         return None, [Finding("warning", "base", text)]
+    try:
+        if recipe.tokens:
+            base.add_words(recipe.tokens, recipe.data.class_noun)
+    except UserError as error:
+        return base, [Finding("error", "tokens", line) for line in str(error).splitlines()]
+    return base, []
 
 
 class _Folder(schema.Section):

@@ -6,80 +6,83 @@ The cheapest checks come first: pictures, then the judges of the evaluation, the
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunekit import prior as prior_pictures
+from tunekit import identity, prior, sheets
+from tunekit.data import sheet
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from tunekit.adapters import Adapter
     from tunekit.data import Batch, Cache, DataSheet, EncodedDataset, Example
     from tunekit.evaluation.measure import Question, Reference
-    from tunekit.families import Family
-    from tunekit.families.base import Description
+    from tunekit.families import Description, Family
     from tunekit.inference import DrawSettings
-    from tunekit.progress import Reporter, Ticker
+    from tunekit.progress import Reporter
     from tunekit.recipe import Recipe
     from tunekit.schema import Data, Train
+    from tunekit.sheets import Sheets
+
+MOST_REFERENCES = 100
+"""Pictures of a source that are held in memory, to be judged against and shown in the report."""
 
 
 @dataclass
 class Prepared:
     """What a run starts from.
 
-    idle: the components that training itself does not use. keepers: pictures of the class that
-    are trained beside those of the subject; prior: the same, encoded; weight: of their loss.
+    sheet: the training pictures; held_out: those never trained on; keepers: those that keep the
+    class as it was. references: of both, cut as training cuts them; looks: all three as titled
+    HTML. They are taken now: from here on, the sources may go. idle: the components that training
+    itself does not use. dataset, prior: training pictures and keepers, encoded; weight: of the
+    keepers' loss.
     """
 
     device: torch.device
     resolution: int
     sheet: DataSheet
     held_out: DataSheet | None
+    keepers: DataSheet | None
+    references: tuple[list[Reference], list[Reference]]
+    looks: list[tuple[str, str]]
     family: Family
     dataset: EncodedDataset
+    prior: EncodedDataset | None
+    weight: float
     adapter: Adapter
     idle: tuple[str, ...]
     notes: list[str]
-    keepers: tuple[Example, ...] = ()
-    prior: EncodedDataset | None = None
-    weight: float = 1.0
 
     def batches(self, settings: Train) -> Callable[[int, int], list[Batch]]:
         """Return ``(step, micro) -> batches``: the subject's, and the class's beside it."""
         size, micros = settings.batch_size, settings.gradient_accumulation
         rows = [self.dataset.batches(size, micros)]
         if self.prior is not None:
-            rows.append(prior_pictures.weighted(self.prior.batches(size, micros), self.weight))
+            rows.append(prior.weighted(self.prior.batches(size, micros), self.weight))
         return lambda step, micro: [row(step, micro) for row in rows]
 
-    def references(self) -> tuple[list[Reference], list[Reference]]:
-        """Return the training pictures and the held-out ones, cut as training cuts them."""
-        held_out = _references(self.held_out) if self.held_out else []
-        return _references(self.sheet), held_out
+    def manifest(self) -> dict[str, dict[str, str]]:
+        """Return what each picture is, by its part in the run and its name: for a run that resumes.
+
+        What counts is the content: pixels, captions, mask, and how often and how much it counts.
+        """
+        parts = {"training": self.sheet, "held out": self.held_out, "class": self.keepers}
+        return {
+            part: {
+                e.name: f"{e.key} {e.mask_pixels} {e.repeats} {e.weight:g}" for e in sheet.examples
+            }
+            for part, sheet in parts.items()
+            if sheet is not None
+        }
 
     def some_keepers(self, most: int = 12) -> list[Reference]:
         """Return the first of the pictures that keep the class, to be shown."""
-        from tunekit.data import open_rgb
-        from tunekit.evaluation.measure import Reference
-
-        some = self.keepers[:most]
-        return [Reference(kept.name, open_rgb(kept.path), kept.caption) for kept in some]
-
-    def contact_sheets(self) -> list[tuple[str, str]]:
-        """Return what training and evaluation saw, as titled HTML for the report."""
-        from tunekit.data import contact
-
-        sheets = [("Training pictures", contact.section(self.sheet))]
-        if self.held_out is not None:
-            sheets.append(("Held out: never trained on", contact.section(self.held_out)))
-        return sheets
+        return _references(self.keepers, most)[0] if self.keepers else []
 
 
 def question_of(recipe: Recipe) -> Question:
@@ -141,82 +144,82 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
 
     cache: where encoded pictures and words are kept; who trains holds it with `using` to the end.
     """
-    from tunekit import adapters, families, objective, optim
+    from tunekit import families, objective, optim, tokens
     from tunekit.data import Cache
     from tunekit.inference import default_device
     from tunekit.train import check_precision
 
     device = default_device()
+    data = recipe.data
     check_precision(device, recipe.train.precision)
     optim.check_optimizer(recipe.train)
     base = families.describe(recipe.base)
-    resolutions = recipe.data.resolutions or (base.default_resolution,)
-    sheet = _sheet(recipe, base, reporter)
-    held_out = _sheet(recipe, base, reporter, recipe.data.holdout) if recipe.data.holdout else None
-    _refuse_shared(sheet, held_out)
-    _check_judges(recipe)
-    family = families.load(recipe.base, device)
-    _check_drawing(recipe, family, resolutions)
-    objective.check(recipe.train.objective, family.schedule)
-    notes = [*sheet.summary(), *_cut_prompts(recipe, family)]
-    notes += objective.notes(recipe.train.objective, family.schedule)
-    notes += optim.notes(recipe.train, device.type)
-    for note in notes:
-        reporter.note(note)
-    names = tuple(family.text_encoders)
-    learns = recipe.adapter.trains_text_encoder()
+    if recipe.tokens:
+        base.add_words(recipe.tokens, data.class_noun)
     cache = cache or Cache(say=reporter.note)
     with cache.using():
-        encode = _encoder(recipe, family, sheet.multiple, cache, reporter)
-        dataset = encode(sheet.examples, recipe.data, resolutions)
-        prior: EncodedDataset | None = None
-        keepers: list[Example] = []
-        if recipe.data.prior is not None:
-            keepers = prior_pictures.examples(recipe.data, family, resolutions[0], reporter)
-            prior = encode(keepers, prior_pictures.section(recipe.data), resolutions[:1])
-    adapter = adapters.get(recipe.adapter.kind).attach(family, recipe.adapter, recipe.train.seed)
+        seen = sheets.look(data, recipe.train, base, reporter, [t.name for t in recipe.tokens])
+        seen.check()
+        _check_judges(recipe)
+        family = families.load(recipe.base, device)
+        _check_drawing(recipe, family, seen.training.resolutions)
+        objective.check(recipe.train.objective, family.schedule)
+        references, told = _all_references(seen.training, seen.held_out)
+        notes = [seen.training.headline(), *map(sheet.told, seen.findings), *told]
+        notes += _cut_prompts(recipe, base)
+        notes += objective.notes(recipe.train.objective, family.schedule)
+        notes += optim.notes(recipe.train, device.type)
+        for note in notes:
+            reporter.note(note)
+        idle = ("vae",) if recipe.trains_text_encoder() else ("vae", *family.text_encoders)
+        encode = _encoder(recipe, family, base.size_multiple, cache, reporter)
+        dataset = encode(seen.training.examples, data, seen.training.resolutions)
+        keepers = _keepers(data, seen, family, cache, reporter)
+        kept = encode(keepers.examples, keepers.data, keepers.resolutions[:1]) if keepers else None
+        looks = _looks(seen, keepers)
+    seed, noun = recipe.train.seed, data.class_noun
+    adapter = tokens.attach(family, recipe.adapter, recipe.tokens, noun, seed)
     # Made here to be refused, where it does not suit these parameters, before anything is written.
     optim.build_optimizer(recipe.train, adapter.parameter_groups())
-    idle = ("vae",) if learns else ("vae", *names)
     return Prepared(
-        device,
-        resolutions[0],
-        sheet,
-        held_out,
-        family,
-        dataset,
-        adapter,
-        idle,
-        notes,
-        tuple(keepers),
-        prior,
-        recipe.data.prior.weight if recipe.data.prior else 1.0,
+        device=device,
+        resolution=seen.training.resolutions[0],
+        sheet=seen.training,
+        held_out=seen.held_out,
+        keepers=keepers,
+        references=references,
+        looks=looks,
+        family=family,
+        dataset=dataset,
+        prior=kept,
+        weight=data.prior.weight if data.prior else 1.0,
+        adapter=adapter,
+        idle=idle,
+        notes=notes,
     )
 
 
-def _sheet(
-    recipe: Recipe, base: Description, reporter: Reporter, folder: str | None = None
-) -> DataSheet:
-    """Check the training pictures, or those of another folder, as this base will see them."""
-    from tunekit.data import preflight
+def _keepers(
+    data: Data, seen: Sheets, family: Family, cache: Cache, reporter: Reporter
+) -> DataSheet | None:
+    """Return the pictures that keep the class: those of a folder, or drawn by the base."""
+    if data.prior is None:
+        return None
+    if seen.prior is not None:
+        return prior.taken(seen.prior, data)
+    return prior.drawn(data, family, seen.training.resolutions[0], cache, reporter)
 
-    with contextlib.ExitStack() as stack:
-        ticks: list[Ticker] = []
 
-        def tick(done: int, total: int) -> None:
-            if not ticks:  # only now it is known how many there are
-                name = "checking" if folder is None else "held-out"
-                ticks.append(stack.enter_context(reporter.stage(name, total)))
-            ticks[0]()
+def _looks(seen: Sheets, keepers: DataSheet | None) -> list[tuple[str, str]]:
+    """Return what training and evaluation see, as titled HTML for the report."""
+    from tunekit.data import contact
 
-        return preflight(
-            recipe.data,
-            None if recipe.data.resolutions else base.default_resolution,
-            multiple=base.size_multiple,
-            folder=folder,
-            cut_words=base.cut_words if folder is None else None,
-            progress=tick,
-        )
+    titled = {
+        "Training pictures": seen.training,
+        "Held out: never trained on": seen.held_out,
+        "Pictures of the class, trained beside": keepers,
+    }
+    return [(title, contact.section(sheet)) for title, sheet in titled.items() if sheet]
 
 
 def _check_judges(recipe: Recipe) -> None:
@@ -240,20 +243,9 @@ def _check_drawing(recipe: Recipe, family: Family, resolutions: Sequence[int]) -
     family.pipeline(recipe.evaluate.scheduler)
 
 
-def _refuse_shared(sheet: DataSheet, held_out: DataSheet | None) -> None:
-    from tunekit.data.sheet import shared_pictures
-
-    if held_out is not None and (shared := shared_pictures(sheet, held_out)):
-        trained, held = shared[0]
-        raise UserError(
-            f"data.holdout: {held_out.folder / held} is the training picture {trained}; held-out "
-            "pictures must never be trained on, or the ceiling of the scores means nothing"
-        )
-
-
-def _cut_prompts(recipe: Recipe, family: Family) -> list[str]:
+def _cut_prompts(recipe: Recipe, base: Description) -> list[str]:
     told = [question_of(recipe).told(prompt) for prompt in recipe.evaluate.prompts]
-    cut = [(prompt, family.cut_words(prompt)) for prompt in told]
+    cut = [(prompt, base.cut_words(prompt)) for prompt in told]
     return [
         f'warning: the text encoder never reads the end of this prompt: "{words}" (of "{prompt}")'
         for prompt, words in cut
@@ -265,17 +257,10 @@ def _encoder(
     recipe: Recipe, family: Family, multiple: int, cache: Cache, reporter: Reporter
 ) -> Callable[[Sequence[Example], Data, Sequence[int]], EncodedDataset]:
     """Return what encodes examples, by the settings of a data section, at some resolutions."""
-    from tunekit.data import EncodedDataset, fingerprint
+    from tunekit.data import EncodedDataset
 
-    encoders, settings = family.text_encoders, recipe.train
-    weights = {
-        f"{name}.{key}": tensor
-        for name, encoder in encoders.items()
-        for key, tensor in encoder.state_dict().items()
-    }
-    configs = map(_config, encoders.values())
-    pictures = fingerprint(family.vae.state_dict(), family.name, _config(family.vae))
-    texts = fingerprint(weights, family.name, family.tokenization(), *configs)
+    settings = recipe.train
+    pictures, texts = identity.of_pictures(family), identity.of_words(family)
 
     def encode(
         examples: Sequence[Example], data: Data, resolutions: Sequence[int]
@@ -288,7 +273,7 @@ def _encoder(
             seed=settings.seed,
             encode_image=family.encode_image,
             image_fingerprint=pictures,
-            encode_prompt=None if recipe.adapter.trains_text_encoder() else family.encode_prompt,
+            encode_prompt=None if recipe.trains_text_encoder() else family.encode_prompt,
             text_fingerprint=texts,
             batch_size=settings.batch_size,
             batches=settings.steps * settings.gradient_accumulation,
@@ -299,23 +284,27 @@ def _encoder(
     return encode
 
 
-def _config(module: nn.Module) -> str:
-    """Return a component's settings as text: with its weights they decide what it computes."""
-    config: Any = module.config
-    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return json.dumps(settings, sort_keys=True, default=str)
+def _all_references(
+    training: DataSheet, held_out: DataSheet | None
+) -> tuple[tuple[list[Reference], list[Reference]], list[str]]:
+    """Return what is judged against, and what there is to tell of it."""
+    ours, told = _references(training)
+    apart, more = _references(held_out) if held_out else ([], [])
+    return (ours, apart), [*told, *more]
 
 
-def _references(sheet: DataSheet) -> list[Reference]:
+def _references(sheet: DataSheet, most: int = MOST_REFERENCES) -> tuple[list[Reference], list[str]]:
+    """Return a sheet's pictures as training sees them, at most so many, and a word if not all."""
     from tunekit.data.encode import training_view
     from tunekit.evaluation.measure import Reference
 
+    count = len(sheet.examples)
+    taken = min(count, most)
+    chosen = [sheet.examples[place * count // taken] for place in range(taken)]
     resolution = sheet.resolutions[0]
-    return [
-        Reference(
-            example.name,
-            training_view(example, sheet.data, resolution, sheet.multiple),
-            example.caption,
-        )
-        for example in sheet.examples
+    found = [
+        Reference(e.name, training_view(e, sheet.data, resolution, sheet.multiple), e.caption)
+        for e in chosen
     ]
+    told = f"{sheet.label}: {most} of its {count:,} pictures, evenly chosen, are judged against"
+    return found, [told] if count > most else []

@@ -9,26 +9,31 @@ goes on where it was, a larger `count` draws only what is missing, and other run
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunekit.data.cache import cache_root, content_key
-from tunekit.data.captions import fill, holds
+from tunekit.data.cache import content_key
+from tunekit.data.captions import fill
 from tunekit.data.images import PictureError, decode, pixel_hash
-from tunekit.data.records import Example, Finding
+from tunekit.data.records import Example
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from tunekit.data.cache import Cache
     from tunekit.data.dataset import Batch
     from tunekit.data.sheet import DataSheet
     from tunekit.families import Family
     from tunekit.inference import DrawSettings, Painter
     from tunekit.progress import Reporter
-    from tunekit.schema_data import Data, Prior
+    from tunekit.schema_data import Data
 
 KIND = "prior"  # folder of the cache
+_DIGEST = "pixels"  # what a kept PNG says of its own pixels
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Wanted:
     path: Path
 
 
-def wanted(data: Data, prior: Prior, base: str, resolution: int) -> Iterator[Wanted]:
-    """Yield the pictures that `prior` asks for; the prompts take turns, each with seeds 0, 1, 2...
+def wanted(data: Data, base: str, resolution: int, root: Path) -> Iterator[Wanted]:
+    """Yield the pictures `data.prior` asks for; the prompts take turns, with seeds 0, 1, 2...
 
-    base: a fingerprint of the untouched base. resolution: edge in pixels.
+    base: a fingerprint of the untouched base. resolution: edge in pixels. root: the cache's folder.
     """
+    prior = data.prior
+    assert prior is not None
     prompts = [fill(prompt, "", data.class_noun) for prompt in prior.prompts]
     for number in range(prior.count):
         prompt, seed = prompts[number % len(prompts)], number // len(prompts)
@@ -56,31 +63,16 @@ def wanted(data: Data, prior: Prior, base: str, resolution: int) -> Iterator[Wan
             guidance_scale=prior.guidance_scale,
             resolution=resolution,
         )
-        yield Wanted(prompt, seed, cache_root() / KIND / key[:2] / f"{key}.png")
+        yield Wanted(prompt, seed, root / KIND / key[:2] / f"{key}.png")
 
 
-def fingerprint_of(family: Family) -> str:
-    """Return the sha256 (hex) of everything that decides what a base draws."""
-    from tunekit.data.cache import fingerprint
-
-    digest = hashlib.sha256(repr(sorted(family.pipeline().scheduler.config.items())).encode())
-    components = {"denoiser": family.denoiser, "vae": family.vae, **family.text_encoders}
-    for name, module in components.items():
-        digest.update(f"{name} {fingerprint(module.state_dict())}\n".encode())
-    return digest.hexdigest()
-
-
-def examples(data: Data, family: Family, resolution: int, reporter: Reporter) -> list[Example]:
-    """Return the pictures of `data.prior` as examples: taken from its folder, or drawn.
-
-    family: the base, untouched. resolution: edge in pixels of what is drawn. Raises UserError for
-    a folder without usable pictures; what is in the cache and broken is drawn again, and said.
-    """
-    prior = data.prior
-    assert prior is not None
-    if prior.source is not None:
-        return _taken(data, prior, reporter)
-    return _drawn(data, prior, family, resolution, reporter)
+def taken(sheet: DataSheet, data: Data) -> DataSheet:
+    """Return the sheet of `data.prior`'s folder with as many pictures as it asks for."""
+    assert data.prior is not None
+    both = zip(sheet.examples, sheet.looks, strict=True)
+    used = sorted(both, key=lambda one: one[0].key)[: data.prior.count]
+    examples, looks = zip(*used, strict=True)
+    return replace(sheet, examples=examples, looks=looks)
 
 
 def section(data: Data) -> Data:
@@ -90,37 +82,13 @@ def section(data: Data) -> Data:
     assert data.prior is not None
     return data.model_copy(
         update={
-            "source": data.prior.source or str(cache_root() / KIND),
+            "source": data.prior.source or KIND,
+            "holdout": None,
             "captions": Captions(template=data.prior.prompts),
             "mask": None,
             "prior": None,
         }
     )
-
-
-def look(
-    data: Data,
-    resolution: int | None,
-    multiple: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[DataSheet | None, list[Finding]]:
-    """Look at the folder of `data.prior` without refusing it, or tell what will be drawn instead.
-
-    For the arguments see `data.sheet.examine`. Without a prior there is nothing to tell.
-    """
-    from tunekit.data.sheet import examine
-
-    if data.prior is None:
-        return None, []
-    if data.prior.source is None:
-        prompts = ", ".join(f'"{prompt}"' for prompt in data.prior.prompts)
-        text = f"the untouched base will draw {data.prior.count} pictures of the class: {prompts}"
-        return None, [Finding("note", "prior", text)]
-    sheet = examine(section(data), resolution, multiple=multiple, progress=progress)
-    return sheet, [
-        replace(fault, code=f"prior-{fault.code}", text=f"pictures of the class: {fault.text}")
-        for fault in sheet.errors
-    ]
 
 
 def weighted(batches: Callable[[int, int], Batch], weight: float) -> Callable[[int, int], Batch]:
@@ -136,67 +104,75 @@ def weighted(batches: Callable[[int, int], Batch], weight: float) -> Callable[[i
     return batch
 
 
-def _taken(data: Data, prior: Prior, reporter: Reporter) -> list[Example]:
-    from tunekit.data.sheet import preflight
+def drawn(
+    data: Data, family: Family, resolution: int, cache: Cache, reporter: Reporter
+) -> DataSheet:
+    """Return what the untouched base draws for `data.prior`, drawing what is not there yet.
 
-    sheet = preflight(section(data))
-    taught = [e.name for e in sheet.examples if any(holds(c, data.trigger) for c in e.captions)]
-    if taught:
-        raise UserError(
-            f"data.prior.source: {prior.source}: the captions of {', '.join(taught[:5])} say "
-            f'"{data.trigger}", which these pictures are to keep apart from the class'
-        )
-    found = sorted(sheet.examples, key=lambda example: example.key)
-    count = len(found[: prior.count])
-    fewer = f"; data.prior.count asks for {prior.count}" if len(found) < prior.count else ""
-    reporter.note(f"prior: {count} of the {len(found)} pictures in {prior.source} are used{fewer}")
-    return found[: prior.count]
-
-
-def _drawn(
-    data: Data, prior: Prior, family: Family, resolution: int, reporter: Reporter
-) -> list[Example]:
+    resolution: edge in pixels. What is in the cache and is not what was drawn is drawn again, and
+    said.
+    """
+    from tunekit import identity
+    from tunekit.data.measures import measure
+    from tunekit.data.sheet import DataSheet
     from tunekit.inference import DrawSettings, Painter
 
+    prior = data.prior
+    assert prior is not None
     settings = DrawSettings(
         steps=prior.steps,
         guidance_scale=prior.guidance_scale,
         width=resolution,
         height=resolution,
     )
-    asked = list(wanted(data, prior, fingerprint_of(family), resolution))
-    found = []
+    asked = list(wanted(data, identity.of_drawing(family), resolution, cache.root))
     missing = sum(not picture.path.exists() for picture in asked)
     if missing:
         reporter.note(
             f"prior: {missing} of {len(asked)} pictures of the class are drawn by the untouched "
-            f"base and kept in {cache_root() / KIND}"
+            f"base and kept in {cache.root / KIND}"
         )
     painter = Painter.of(family)
+    found, looks = [], []
     with reporter.stage("drawing the class", len(asked)) as tick:
         for picture in asked:
-            found.append(_example(picture, painter, settings, reporter))
+            image = _kept(picture, reporter) or _draw(picture, painter, settings)
+            found.append(_example(picture, image))
+            looks.append(measure(image))
             tick(picture.prompt)
-    return found
+    where = f"drawn by {family.label}"
+    own = section(data)
+    return DataSheet(
+        where, own, family.size_multiple, (resolution,), tuple(found), tuple(looks), ()
+    )
 
 
-def _example(
-    picture: Wanted, painter: Painter, settings: DrawSettings, reporter: Reporter
-) -> Example:
+def _kept(picture: Wanted, reporter: Reporter) -> Image.Image | None:
+    """Return a picture from the cache, None where it is not there or not as it was drawn."""
+    from tunekit.pictures import read_settings
+
+    if not picture.path.exists():
+        return None
+    try:
+        image = decode(picture.path).image
+        if read_settings(picture.path).get(_DIGEST) != pixel_hash(image):
+            raise PictureError("is not what was drawn")
+    except UserError as error:
+        reporter.note(f"{picture.path}: {error}; it is drawn again")
+        return None
+    os.utime(picture.path)  # used now: the last to be pruned
+    return image
+
+
+def _draw(picture: Wanted, painter: Painter, settings: DrawSettings) -> Image.Image:
     from tunekit.pictures import save_png
 
-    if picture.path.exists():
-        try:
-            return _described(picture)
-        except PictureError as error:
-            reporter.note(f"{picture.path}: {error}; it is drawn again")
-    drawn = next(painter.draw_many([picture.prompt], [picture.seed], settings))
-    save_png(drawn.image, picture.path, drawn.settings)
-    return _described(picture)
+    made = next(painter.draw_many([picture.prompt], [picture.seed], settings))
+    save_png(made.image, picture.path, {**made.settings, _DIGEST: pixel_hash(made.image)})
+    return made.image
 
 
-def _described(picture: Wanted) -> Example:
-    image = decode(picture.path).image
+def _example(picture: Wanted, image: Image.Image) -> Example:
     pixels = pixel_hash(image)
     return Example(
         path=picture.path,

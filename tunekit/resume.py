@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from tunekit import checkpoint
 from tunekit.errors import UserError
 from tunekit.recipe import Recipe
-from tunekit.runfolder import CHECKPOINTS, RunFolder
+from tunekit.runfolder import CHECKPOINTS, PICTURES, RunFolder
 
 # What may differ from the run that was stopped, since nothing that is learned depends on it.
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every")
@@ -64,6 +65,35 @@ def find(
             "to train; raise train.steps to go on"
         )
     return Point(folder, step, saved)
+
+
+def compare_pictures(run: Path, now: Mapping[str, Mapping[str, str]], allow_changed: bool) -> None:
+    """Hold the pictures a run goes on with to those it was started with (pictures.json).
+
+    Raises UserError that names what came, went and changed, unless `allow_changed`.
+    """
+    path = run / PICTURES
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read, so nobody knows what was trained: {error}"
+        ) from None
+    lines = []
+    for part in sorted({*before, *now}):
+        old, new = before.get(part, {}), now.get(part, {})
+        for what, names in (
+            ("new", new.keys() - old.keys()),
+            ("gone", old.keys() - new.keys()),
+            ("changed", {name for name in old.keys() & new.keys() if old[name] != new[name]}),
+        ):
+            if names:
+                lines.append(f"  {part}, {what}: {', '.join(sorted(names))}")
+    if lines and not allow_changed:
+        raise UserError(
+            "the pictures are not those this run was started with; --allow-changed goes on with "
+            "them all the same (the result is then that of neither):\n" + "\n".join(lines)
+        )
 
 
 def _folder(run: RunFolder, wanted: Path | None) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit.recipe import Recipe, dump_yaml, recipe_from
-from tunekit.runfolder import CHECKPOINTS, EXPORT, RECIPE
+from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
 from tunekit.runwriter import REPORT, SAMPLES, SCORES, Log, RunWriter
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def train(
     from tunekit.interrupts import heard
     from tunekit.preparation import prepare, quietly
     from tunekit.progress import OnScreen
+    from tunekit.resume import compare_pictures
 
     began = time.monotonic()
     resolved = recipe_from(recipe, overrides)
@@ -109,6 +110,8 @@ def train(
     cache = Cache(say=reporter.note)
     with quietly(), heard(reporter.note) as wish, cache.using():
         prepared = prepare(resolved, reporter, cache)
+        if point is not None:
+            compare_pictures(writer.path, prepared.manifest(), allow_changed)
         session = _Session(resolved, writer, reporter, prepared, wish, point)
         writer.check_space(session.space_needed())
         session.seconds["preparing"] = time.monotonic() - began
@@ -168,9 +171,11 @@ class _Session:
 
     def run(self) -> Run:
         """Train, export, evaluate and report in the claimed folder."""
+        from tunekit.evaluation.facts import for_card
         from tunekit.export import ExportError, write_card
 
         self.writer.write_text(RECIPE, dump_yaml(self.recipe))
+        self.writer.write_json(PICTURES, self.prepared.manifest())
         files: list[ExportedFile] = []
         refused: ExportError | None = None
         with Log(self.writer.path, self.start if self.point else None) as log:
@@ -189,7 +194,7 @@ class _Session:
             log.scores(evaluation.scores["scores"], self.recipe.train.steps)
         evaluation.scores["run"] = self._facts(files)
         if files:
-            told = _for_card(evaluation.scores)
+            told = for_card(evaluation.scores)
             write_card(self.recipe, files, self.prepared.resolution, told)
         self.writer.write_json(SCORES, evaluation.scores)
         self._report(evaluation, files, log)
@@ -286,7 +291,7 @@ class _Session:
             after = load(base, [files[0].path], device=ready.device)
         else:
             after = Painter.of(ready.family, ready.adapter)
-        training, held_out = ready.references()
+        training, held_out = ready.references
         judges = load_judges(self.recipe.evaluate, ready.device)
         with self.reporter.stage("evaluating", count_pictures(self.question)) as tick:
             return measure(
@@ -326,7 +331,7 @@ class _Session:
 
     def _report(self, evaluation: Evaluation, files: Sequence[ExportedFile], log: Log) -> None:
         from tunekit.data import contact
-        from tunekit.evaluation.facts import tables
+        from tunekit.evaluation.facts import tables, verified
         from tunekit.evaluation.report import Facts, write_report
 
         ready, run = self.prepared, evaluation.scores["run"]
@@ -345,17 +350,17 @@ class _Session:
                 (self.seconds, run["peak_memory_bytes"], ready.device),
             ),
             files=[
-                (str(file.path.relative_to(self.writer.path)), file.bytes, _verified(file))
+                (str(file.path.relative_to(self.writer.path)), file.bytes, verified(file))
                 for file in files
             ],
             command=f'tunekit generate --run {self.writer.path} --prompt "{example}"',
             notes=ready.notes,
-            sheets=ready.contact_sheets(),
+            sheets=ready.looks,
             styles=contact.styles(),
             keepers=ready.some_keepers(),
-            kept=len(ready.keepers),
+            kept=len(ready.keepers.examples) if ready.keepers else 0,
         )
-        self.writer.write_text(REPORT, write_report(facts, evaluation, *ready.references()))
+        self.writer.write_text(REPORT, write_report(facts, evaluation, *ready.references))
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -376,24 +381,3 @@ def _told(record: StepRecord, loss: float) -> str:
         f"loss {loss:.4f}, lr {record.lr:.2e}, {record.images_per_second:.1f} images/s, "
         f"{size(record.memory_bytes)}"
     )
-
-
-def _verified(file: ExportedFile) -> str:
-    return (
-        f"{file.layout} layout, {file.dtype}; verified in a fresh pipeline: all "
-        f"{file.parity.tensors} tensors taken up, {file.parity.error:.2%} off what was learned"
-    )
-
-
-def _for_card(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the scores as the model card prints them."""
-    from tunekit.evaluation.verdict import percent, points
-
-    sums = result["scores"]
-    told = {f"{result['kind']} likeness": f"{sums['likeness']['score']:.3f}"}
-    if sums["likeness"]["closed"] is not None:
-        told["share of the gap to real pictures closed"] = percent(sums["likeness"]["closed"])
-    told["prompt fidelity against the base"] = f"{points(sums['fidelity']['change'])} points"
-    if sums["leak"]["closed"] is not None:
-        told["leaked without the trigger"] = percent(sums["leak"]["closed"])
-    return told

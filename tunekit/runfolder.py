@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tunekit.recipe import Recipe
 
 RECIPE = "recipe.yaml"
+PICTURES = "pictures.json"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 

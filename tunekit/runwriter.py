@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tunekit import checkpoint
 from tunekit.errors import UserError
-from tunekit.runfolder import CHECKPOINTS, EXPORT, RECIPE
+from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,8 @@ METRICS, SCORES, REPORT = "metrics.jsonl", "scores.json", "report.html"
 SAMPLES, BOARD, LOCK = "samples", "tb", ".lock"
 _NOTHING = contextlib.nullcontext()
 _STEP = re.compile(r"step-(\d+)")
-OURS = frozenset({RECIPE, METRICS, SCORES, REPORT, SAMPLES, CHECKPOINTS, EXPORT, BOARD, LOCK})
+RESULTS = frozenset({SCORES, REPORT, EXPORT})
+OURS = RESULTS | {RECIPE, PICTURES, METRICS, SAMPLES, CHECKPOINTS, BOARD, LOCK}
 
 
 @contextlib.contextmanager
@@ -130,7 +131,6 @@ class RunWriter:
 
     def _clear(self, resume_at: int | None) -> None:
         """Remove what a former run left, or, where it goes on, what it left after that step."""
-        kept = set() if resume_at is None else {METRICS, SAMPLES, CHECKPOINTS, BOARD}
         if resume_at is not None:
             later = [
                 path
@@ -140,7 +140,7 @@ class RunWriter:
             ]
             for path in later:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in sorted(OURS - {LOCK} - kept):
+        for name in sorted(OURS - {LOCK} if resume_at is None else RESULTS):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

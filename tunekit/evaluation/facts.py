@@ -7,15 +7,17 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tunekit
 from tunekit.evaluation.report import duration, size
+from tunekit.evaluation.verdict import percent, points
 
 if TYPE_CHECKING:
     import torch
 
     from tunekit.data import DataSheet
+    from tunekit.export import ExportedFile
     from tunekit.recipe import Recipe
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
@@ -107,3 +109,23 @@ def tables(
         "Time and memory": cost_table(*costs),
         "Made with": list(versions().items()),
     }
+
+
+def verified(file: ExportedFile) -> str:
+    """Return what an adapter file was held to."""
+    return (
+        f"{file.layout} layout, {file.dtype}; verified in a fresh pipeline: all "
+        f"{file.parity.tensors} tensors taken up, {file.parity.error:.2%} off what was learned"
+    )
+
+
+def for_card(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the scores as the model card prints them."""
+    sums = result["scores"]
+    told = {f"{result['kind']} likeness": f"{sums['likeness']['score']:.3f}"}
+    if sums["likeness"]["closed"] is not None:
+        told["share of the gap to real pictures closed"] = percent(sums["likeness"]["closed"])
+    told["prompt fidelity against the base"] = f"{points(sums['fidelity']['change'])} points"
+    if sums["leak"]["closed"] is not None:
+        told["leaked without the trigger"] = percent(sums["leak"]["closed"])
+    return told
