@@ -206,6 +206,19 @@ class Lora(PeftAdapter):
         )
         return down.reshape(-1, *a.shape[1:]), up.reshape(len(up), -1, *b.shape[2:]), 1.0
 
+    def _common_alpha(self) -> float:
+        """Return the one alpha of a file's modules; what differs from it goes into B.
+
+        diffusers 0.42 looks for another alpha than the usual one of a file under attention modules'
+        former names, does not find it, and takes the usual one.
+        """
+        alphas = {
+            scaling * len(a)
+            for component, layers in self._layers.items()
+            for a, _, scaling in (self._exported(component, name) for name in layers)
+        }
+        return alphas.pop() if len(alphas) == 1 else float(self._settings.rank)
+
     def export_state(self, layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         import torch
 
@@ -213,14 +226,16 @@ class Lora(PeftAdapter):
         if fault := self._settings.layout_fault(layout):
             raise UserError(f"export.layouts: {fault}")
         tensors: dict[str, Tensor] = {}
+        common = self._common_alpha()
         for component, layers in self._layers.items():
             for name in layers:
                 key = self._family.client_name(layout, component, name)
                 a, b, scaling = self._exported(component, name)
                 if kohya:
                     # Everyone multiplies with alpha / rank, also where it was alpha / sqrt(rank).
-                    tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
-                    tensors[f"{key}.alpha"] = torch.tensor(scaling * len(a))
+                    tensors[f"{key}.lora_down.weight"] = a
+                    tensors[f"{key}.lora_up.weight"] = b * (scaling * len(a) / common)
+                    tensors[f"{key}.alpha"] = torch.tensor(common)
                     continue
                 # The factor goes into B and the file says nothing of alpha: then every reader,
                 # with or without diffusers' own metadata, takes alpha = rank and is right.
