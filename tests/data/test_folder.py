@@ -88,6 +88,20 @@ def test_several_captions_weight_and_split(look: Look, paint: Paint, metadata: M
     ]
 
 
+def test_a_split_that_is_no_text_is_told_once(look: Look, paint: Paint, metadata: Metadata) -> None:
+    paint("a.png")
+    metadata([{"file_name": "a.png", "text": "x", "split": 1}])
+    assert look().faults == ['metadata.jsonl:1: a.png: "split" is 1 and not text']
+
+
+def test_whole_characters_may_be_written_as_halves(
+    look: Look, paint: Paint, metadata: Metadata
+) -> None:
+    paint("a.png")
+    metadata(['{"file_name": "a.png", "text": "a zorp \\ud83d\\ude42"}'])
+    assert words(look())["a.png"][0] == ("a zorp 🙂",)
+
+
 def test_captions_from_csv(look: Look, paint: Paint) -> None:
     folder = paint("a.png").parent
     paint("b, c.png")
@@ -194,6 +208,34 @@ def test_faults_of_such_folders(look: Look, paint: Paint) -> None:
     ]
 
 
+def test_such_folders_at_any_depth_and_the_source_itself(look: Look, paint: Paint) -> None:
+    folder = paint("img/10_zorp robot/a.png").parent
+    paint("img/10_zorp robot/close/b.png"), paint("img/10_zorp robot/2_zorp toy/c.png")
+    found = look()
+    assert [(r.name, r.captions, r.origin, r.repeats) for r in found.records] == [
+        ("img/10_zorp robot/2_zorp toy/c.png", ("zorp toy",), _folder("2_zorp toy"), 2),
+        ("img/10_zorp robot/a.png", ("zorp robot",), "folder img/10_zorp robot", 10),
+        ("img/10_zorp robot/close/b.png", ("zorp robot",), "folder img/10_zorp robot", 10),
+    ]
+    assert "pictures: img/10_zorp robot/2_zorp toy/ (2), img/10_zorp robot/ (10)" in told(found)
+    within = look(path=folder)
+    assert [(r.name, r.captions, r.repeats) for r in within.records] == [
+        ("2_zorp toy/c.png", ("zorp toy",), 2),
+        ("a.png", ("zorp robot",), 10),
+        ("close/b.png", ("zorp robot",), 10),
+    ]
+    assert not within.faults
+    paint("img/more/d.png"), paint("e.png")
+    assert [fault.split("; ")[0].split(" as ")[0] for fault in look().faults] == [
+        'img/more/: not named "NUMBER_words"',
+        "e.png: lies beside img/10_zorp robot/2_zorp toy/, whose number is taken",
+    ]
+
+
+def _folder(name: str) -> str:
+    return f"folder img/10_zorp robot/{name}"
+
+
 def test_plain_subfolders_say_nothing_of_repeats(look: Look, paint: Paint) -> None:
     paint("front/a.png"), paint("10/b.png"), paint("c.png")
     assert [(r.name, r.repeats) for r in look().records] == [
@@ -217,11 +259,11 @@ def test_masks_by_their_names(look: Look, paint: Paint) -> None:
         "c.png": None,
     }
     assert "warning: no mask, so the whole picture is trained: c.png" in told(found)
-    assert look().faults == [
-        "masks that would have no effect, since data.mask takes none from files: "
-        "a.mask.png, b-masklabel.png; set `data.mask: {source: files}` to use them, or move them "
-        "out of the folder"
-    ]
+    assert told(look()) == (
+        "warning: masks that have no effect, since data.mask takes none from files: "
+        "a.mask.png, b-masklabel.png; set `data.mask: {source: files}` to use them"
+    )
+    assert not look().faults
     assert [r.name for r in look().records] == ["a.png", "b.jpg", "c.png"]
 
 
@@ -238,8 +280,9 @@ def test_masks_from_metadata(look: Look, paint: Paint, metadata: Metadata) -> No
     found = look(mask=True)
     assert not found.faults
     assert [r.mask for r in found.records] == [folder / "masks/a.png", folder / "b.mask.png"]
-    assert "no effect" in look().faults[0]
-    assert "b.mask.png, masks/a.png, masks/c.png" in look().faults[0]
+    assert not look().faults
+    assert "no effect" in told(look())
+    assert "b.mask.png, masks/a.png, masks/c.png" in told(look())
 
 
 def test_faults_of_masks(look: Look, paint: Paint, metadata: Metadata) -> None:
@@ -316,6 +359,26 @@ def test_a_fifo_does_not_hang(look: Look, paint: Paint) -> None:
     assert look().faults == ["b.png: a link to nothing, or not an ordinary file"]
 
 
+def test_a_link_to_itself_is_a_fault(look: Look, paint: Paint) -> None:
+    (paint("a.png").parent / "b.png").symlink_to("b.png")
+    assert look().faults == ["b.png: a link to nothing, or not an ordinary file"]
+
+
+def test_names_that_are_not_utf8_are_told_with_escapes(look: Look, paint: Paint) -> None:
+    folder = paint("a.png").parent
+    raw = os.fsencode(folder)
+    for name in (b"b\xff.png", b"c\xff.mp4"):
+        Path(os.fsdecode(raw + b"/" + name)).write_bytes((folder / "a.png").read_bytes())
+    Path(os.fsdecode(raw + b"/d\xff")).mkdir()
+    found = look()
+    assert found.faults == [
+        r"d\xff/: the name is not UTF-8; rename it",
+        r"b\xff.png: the name is not UTF-8; rename it",
+    ]
+    assert r"left aside: c\xff.mp4" in told(found)
+    assert [record.name for record in found.records] == ["a.png"]
+
+
 def test_a_linked_folder_is_a_folder(look: Look, paint: Paint, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(paint("a.png").parent)
@@ -373,6 +436,19 @@ def test_faults_of_sidecars(look: Look, paint: Paint) -> None:
         ({"file_name": "a.png", "text": "x", "weight": "inf"}, '"weight" is "inf"; a number'),
         ({"file_name": "a.png", "text": "x", "weight": True}, '"weight" is true; a number'),
         ({"file_name": "a.png", "text": "x", "split": 3}, '"split" is 3 and not text'),
+        ({"file_name": "a.png", "text": "x", "weight": 10**400}, '"weight" is 1000000000000000'),
+        (
+            '{"file_name": "a.png", "text": "x", "weight": 1' + "0" * 5000 + "}",
+            "a number of thousands of digits; write a smaller one",
+        ),
+        ({"file_name": "a.png", "text": "x \ud800"}, r"\ud800 is half of a character; write the"),
+        ({"file_name": "\udfff.png", "text": "x"}, r"\udfff is half of a character"),
+        ({"file_name": "a.png", "text": "x", "\udcff": 1}, r"\udcff is half of a character"),
+        ('{"\\ud800": 1, "\\ud800": 2}', r'key "\ud800" stands twice'),
+        ({"file_name": "a\0.png", "text": "x"}, r'"a\0.png": \0 in the name; name a picture'),
+        ({"file_name": "a" * 5000, "text": "x"}, "5,000 characters; no file has so long a name"),
+        ({"file_name": "a" * 300, "text": "x"}, "there is no such picture"),
+        ({"file_name": "a.png", "text": "x", "mask": "a" * 300}, "there is no such mask"),
         ({"file_name": "a.png", "text": "x", "mask": 3}, '"mask" is 3 and not text'),
         ({"file_name": "a.png", "text": "x", "mask": "m.png"}, '"m.png": there is no such mask'),
         ({"file_name": "a.png", "text": "x", "mask": "../m.png"}, "name a mask inside it"),

@@ -54,7 +54,7 @@ def test_several_sources_keep_their_names_and_repeats(subjects: Path) -> None:
     )
     assert (
         "share of all visits: zorp/train (2 pictures, 3 repeats, 60.0%), "
-        "toy/train (3 pictures, 1 repeat, 30.0%), more (1 pictures, 1 repeat, 10.0%)" in told(found)
+        "toy/train (3 pictures, 1 repeat, 30.0%), more (1 picture, 1 repeat, 10.0%)" in told(found)
     )
 
 
@@ -109,6 +109,17 @@ def test_a_source_named_twice(subjects: Path) -> None:
     ]
 
 
+def test_a_source_named_twice_in_other_words(subjects: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(subjects)
+    paths = [subjects / "zorp/train", subjects / "toy/../zorp/train", tmp_path / "link/zorp/train"]
+    found = read([Pictures(path=f"{path}", repeats=n) for n, path in enumerate(paths, 1)])
+    assert [fault.split(": ")[1].split(";")[0] for fault in found.faults] == [
+        f"{paths[1]}, {paths[2]}"
+    ]
+    apart = [Pictures(path=str(subjects / "zorp/train"), split=name) for name in ("train", "x")]
+    assert not [finding for finding in read(apart).findings if finding.code == "source-twice"]
+
+
 def test_what_a_path_cannot_be(tmp_path: Path, subjects: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.zip", "a.parquet", "b.tar", "c.tar.gz"):
@@ -123,6 +134,8 @@ def test_what_a_path_cannot_be(tmp_path: Path, subjects: Path, monkeypatch: Any)
         "nobody/gone: there is no such folder of pictures; a dataset on the Hub is named "
         "`source: {dataset: nobody/gone}`"
     )
+    (tmp_path / "nobody").mkdir()
+    assert fault("nobody/gone") == "nobody/gone: there is no such folder of pictures"
     assert "this is a file" in fault("a.zip")
     assert fault("*.jpg") == "*.jpg: no file has such a name"
     assert "several kinds (.gz, .parquet, .tar, .zip, folder)" in fault("*")

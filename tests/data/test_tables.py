@@ -17,6 +17,7 @@ import pytest
 from hostile import Canary
 from PIL import Image
 
+from tunekit.data.reading import Reading
 from tunekit.data.source import Found, read
 from tunekit.data.spool import suffix_of
 from tunekit.data.tables import open_dataset, read_rows
@@ -101,7 +102,8 @@ def test_a_table_of_bytes(table: Table, cache: Path) -> None:
     assert all(r.path.is_relative_to(cache) and r.repeats == 2 for r in found.records)
     assert "columns that are read: img (pictures), caption (captions)" in told(found)
     assert "columns that are not used: seed" in told(found)
-    assert f"2 pictures (0.0 MB) kept as files in {cache}" in told(found)
+    size = len(picture(1) + picture(2, "JPEG"))
+    assert f"2 pictures ({size} bytes) kept as files in {cache}" in told(found)
     assert shown == ["a.parquet:0", "a.parquet:1"]
 
 
@@ -208,7 +210,11 @@ def test_masks_weights_and_splits(table: Table) -> None:
     ]
     assert found.records[0].mask is not None
     assert found.records[0].mask.read_bytes() == picture(255)
-    assert 'rows of the split "test" are not used' in told(found)
+    assert '1 row of the split "test" is not used' in told(found)
+    assert not [finding for finding in found.findings if finding.code == "mask-unused"]
+    unasked = [f for f in look(path).findings if f.code == "mask-unused"]
+    assert [(f.severity, f.names) for f in unasked] == [("warning", ("mask",))]
+    assert "columns that are not used" not in told(look(path))
     assert "no mask, so the whole picture is trained: a.parquet:1" in told(found)
     assert [r.captions for r in look(path, split="test").records] == [("c",)]
     assert look(path, split="val").faults == [
@@ -297,7 +303,7 @@ def repository(table: Table, tmp_path: Path) -> Path:
 
 def hub(folder: Path, root: str = "", **changes: Any) -> tuple[list[Any], list[Any]]:
     source = Pictures(dataset="owner/name", **changes)
-    return read_rows(open_dataset(str(folder), root or str(folder), source), source, False, None)
+    return read_rows(open_dataset(str(folder), root or str(folder), source), source, Reading())
 
 
 def test_a_dataset_and_its_splits(repository: Path) -> None:
@@ -406,7 +412,10 @@ def test_masks_in_shards(shard: Shard) -> None:
         None,
     ]
     assert "no mask, so the whole picture is trained: a.tar/c" in told(found)
-    assert "warning: 2 masks are not used" in told(look(path))
+    assert (
+        "warning: masks that have no effect, since data.mask takes none from files: a.tar/a, "
+        "a.tar/b; set `data.mask: {source: files}` to use them" in told(look(path))
+    )
     assert len(look(path).records) == 3
     assert "no masks here" in look(shard({"a.png": picture()}), mask=True).faults[0]
 
@@ -471,6 +480,53 @@ def test_broken_and_empty_shards(shard: Shard, tmp_path: Path) -> None:
     assert "a.tar: no tar file, or a broken one" in look(path).faults[0]
     assert "no pictures in these shards" in look(shard({})).faults[0]
     assert look(shard({"a.png": b""})).faults == ["a.tar/a: an empty picture (0 bytes)"]
+
+
+def test_a_shard_that_ends_early_or_goes_on_is_a_fault(shard: Shard) -> None:
+    path = shard({"a.png": picture(), "a.txt": "x", "b.png": picture()})
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        starts = {member.name: member.offset for member in tar}
+        end = tar.offset
+    assert not look(path).faults
+
+    def fault(data: bytes) -> str:
+        path.write_bytes(data)
+        [line] = look(path).faults
+        return line
+
+    cut = "of the 1,024 zero bytes that end a tar file behind"
+    again = "pack or download it again"
+    assert fault(whole[: starts["b.png"]]) == f"a.tar: cut off: 0 {cut} a.txt; {again}"
+    assert fault(whole[:end]) == f"a.tar: cut off: 0 {cut} b.png; {again}"
+    assert fault(whole[: end + 512]) == f"a.tar: cut off: 512 {cut} b.png; {again}"
+    assert fault(whole[: starts["b.png"] + 100]) == (
+        f"a.tar: broken: neither a member nor the end behind a.txt; {again}"
+    )
+    assert fault(whole + whole).startswith("a.tar: there is more behind the end")
+    path.write_bytes(whole[: end + 1024])
+    assert not look(path).faults
+    assert [r.name for r in look(path).records] == ["a.tar/a", "a.tar/b"]
+
+
+def test_words_of_a_shard_that_no_disk_could_hold(shard: Shard) -> None:
+    path = shard(
+        {
+            "a.png": picture(1),
+            "a.json": '{"text": "a zorp \\ud800"}',
+            "b.png": picture(2),
+            "b.json": '{"text": "x", "weight": 1' + "0" * 5000 + "}",
+            "c.png": picture(3),
+            "c.json": '{"text": "x", "weight": 1' + "0" * 400 + "}",
+            "d\udcff.png": picture(4),
+        }
+    )
+    faults = look(path).faults
+    assert faults[0] == r"a.tar/d\xff.png: the name is not UTF-8; rename it"
+    assert r"a.tar/a.json: \ud800 is half of a character" in faults[1]
+    assert "a.tar/b.json: a number of thousands of digits" in faults[2]
+    assert 'a.tar/c.json: "weight" is 10000' in faults[3]
+    assert len(faults) == 4
 
 
 def test_links_in_a_shard(tmp_path: Path) -> None:

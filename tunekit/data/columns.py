@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is what; None or empty: there is none. unused: all the others."""
+    """Which column is what; None or empty: there is none.
+
+    masks_unused: those of masks, where none are wanted. unused: all the others.
+    """
 
     image: str
     captions: str | None
@@ -23,7 +26,8 @@ class Columns:
     mask: str | None
     weight: str | None
     split: str | None
-    unused: tuple[str, ...]
+    masks_unused: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def used(self) -> list[str]:
         """Return the names of the columns that are read."""
@@ -56,9 +60,10 @@ def choose_columns(features: Mapping[str, Any], source: Pictures, mask: bool) ->
         masks[0] if mask and masks else None,
         "weight" if "weight" in kinds else None,
         "split" if "split" in kinds and source.path is not None else None,
-        (),
+        () if mask else tuple(masks),
     )
-    return replace(found, unused=tuple(name for name in kinds if name not in found.used()))
+    known = {*found.used(), *found.masks_unused}
+    return replace(found, unused=tuple(name for name in kinds if name not in known))
 
 
 def _kind(feature: Any) -> str:

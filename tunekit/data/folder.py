@@ -4,7 +4,8 @@ Captions are taken from ``metadata.jsonl`` or ``metadata.csv`` (metadata.py), or
 or ``.caption`` files of the pictures' names; several lines of one file are one caption. Subfolders
 are read; names that begin with a dot are not. Subfolders named as sd-scripts names them,
 ``10_zorp robot``, give their pictures 10 visits an epoch and, where no file has words for them,
-the caption "zorp robot"; then all subfolders must be named so, and no picture lies beside them.
+the caption "zorp robot"; then every picture must lie in such a folder, at whatever depth. The
+folder itself may be named so too.
 
 ``NAME.mask.png`` and ``NAME-masklabel.png`` are masks of the picture NAME, never pictures.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from tunekit.data.listing import OUTSIDE, Folder, list_folder
 from tunekit.data.metadata import read_metadata
+from tunekit.data.reading import Reading
 from tunekit.data.records import Finding, Record
 from tunekit.data.sidecars import folder_repeats, match_masks, read_sidecars
 
@@ -24,24 +26,24 @@ if TYPE_CHECKING:
     from tunekit.schema_source import Pictures
 
 
-def read_folder(pictures: Pictures, mask: bool) -> tuple[list[Record], list[Finding]]:
+def read_folder(pictures: Pictures, how: Reading) -> tuple[list[Record], list[Finding]]:
     """Return a record a picture of the folder `pictures.path`, by name, and what is to be told.
 
-    mask: whether mask files are wanted. The records are those that have no fault of their own.
+    The records are those that have no fault of their own.
     """
     assert pictures.path is not None
     folder = Folder(Path(pictures.path))
     list_folder(folder)
     if folder.metadata:
-        read_metadata(folder, pictures)
+        read_metadata(folder, pictures, how.uncaptioned)
         texts = {name: (row.captions, row.origin) for name, row in folder.rows.items()}
     else:
         _metadata_keys(folder, pictures)
-        texts = read_sidecars(folder)
+        texts = read_sidecars(folder, how.uncaptioned)
         for name in sorted(folder.outside):
             folder.fault(name, OUTSIDE)
     repeats = folder_repeats(folder, texts)
-    masks = match_masks(folder, mask)
+    masks = match_masks(folder, how.mask)
     _tell(folder)
     left_out = {name for names in folder.other_split.values() for name in names}
     records = [

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tunekit.data.images import SUFFIXES, UNREADABLE_SUFFIXES
+from tunekit.data.reading import NOT_UTF8, escaped, is_utf8
 from tunekit.data.records import Finding
 from tunekit.errors import UserError, did_you_mean
 
@@ -20,6 +21,7 @@ CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
 OUTSIDE = "a link that leads out of the folder; put the file itself here"
 MASK_NAME = re.compile(r"(?P<stem>.+)(?:\.mask|-masklabel)\Z", re.DOTALL)
 _MOST_HINTS = 20
+_LONGEST_NAME = 1000  # characters
 
 
 @dataclass
@@ -102,7 +104,7 @@ def list_folder(folder: Folder) -> None:
 
     def unreadable(error: OSError) -> None:
         where = os.path.relpath(error.filename, folder.root)
-        folder.fault(where, f"cannot be listed ({error.strerror})")
+        folder.fault(escaped(where), f"cannot be listed ({error.strerror})")
 
     root = folder.root.resolve()
     for here, folders, files in os.walk(folder.root, onerror=unreadable):
@@ -116,13 +118,16 @@ def list_folder(folder: Folder) -> None:
                     _name(folder, path),
                     "a link to a folder; put the pictures here, or name that folder as data.source",
                 )
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+            elif not is_utf8(name):
+                folder.fault(f"{_name(folder, path)}/", NOT_UTF8)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and is_utf8(name))
         for name in sorted(files):
             _sort_file(folder, below / name, root)
 
 
 def _name(folder: Folder, path: Path) -> str:
-    return path.relative_to(folder.root).as_posix()
+    """Return how a file is called; a name that is no text is escaped, and only told."""
+    return escaped(path.relative_to(folder.root).as_posix())
 
 
 def _sort_file(folder: Folder, path: Path, root: Path) -> None:
@@ -138,7 +143,9 @@ def _sort_file(folder: Folder, path: Path, root: Path) -> None:
         or path.stem.lower() == "metadata"
     ):
         folder.aside.append(name)
-    elif not path.resolve().is_relative_to(root):
+    elif not is_utf8(path.name):
+        folder.fault(name, NOT_UTF8)
+    elif not _leads_inside(path, root):
         if is_picture and not is_mask:
             folder.outside.add(name)  # told later: with the line, where metadata names it
         else:
@@ -161,14 +168,35 @@ def _sort_file(folder: Folder, path: Path, root: Path) -> None:
         folder.fault(name, "captions are read from .txt and .caption files; rename it")
 
 
+def _leads_inside(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root)
+    except RuntimeError:  # a link to itself: it leads nowhere, which is told of it later
+        return True
+
+
 def inside(folder: Folder, value: str, what: str = "picture") -> str:
     """Return `value` as a name inside the folder. Raises UserError where it leads out of it."""
     path = PurePosixPath(value)
-    if path.is_absolute() or PureWindowsPath(value).drive or "\0" in value:
+    if "\0" in value:
+        told = value.replace("\0", "\\0")
+        raise UserError(f'"{told}": \\0 in the name; name a {what} inside the folder')
+    if len(value) > _LONGEST_NAME:
+        told = f"{len(value):,} characters; no file has so long a name"
+        raise UserError(f'"{value[:60]}...": {told}, name a {what} inside the folder')
+    if path.is_absolute() or PureWindowsPath(value).drive:
         raise UserError(f'"{value}": an absolute path; name a {what} inside the folder')
     if ".." in path.parts or ".." in PureWindowsPath(value).parts:
         raise UserError(f'"{value}": ".." leads out of the folder; name a {what} inside it')
     return path.as_posix()
+
+
+def there(path: Path) -> bool:
+    """Return whether there is such a file; there is none of a name that the disk cannot have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 # What a caption may be

@@ -30,7 +30,9 @@ from tunekit.data.listing import (
     fault,
     inside,
     read_text,
+    there,
 )
+from tunekit.data.reading import escaped
 from tunekit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,8 +47,11 @@ _SYNONYMS = {
 Lines = list[tuple[int, dict[str, Any]]]
 
 
-def read_metadata(folder: Folder, pictures: Pictures) -> None:
-    """Take captions, masks, weights and splits from the folder's metadata; faults are noted."""
+def read_metadata(folder: Folder, pictures: Pictures, uncaptioned: bool = False) -> None:
+    """Take captions, masks, weights and splits from the folder's metadata; faults are noted.
+
+    uncaptioned: as of `Reading`.
+    """
     if len(folder.metadata) > 1:
         folder.fault(folder.metadata[1], f"there is {folder.metadata[0]} as well; keep one of them")
         return
@@ -69,13 +74,14 @@ def read_metadata(folder: Folder, pictures: Pictures) -> None:
     splits: set[str] = set()
     for number, row in lines:
         try:
-            _read_row(folder, row, name, number, column, pictures.split, listed, splits)
+            blank = uncaptioned and is_blank(row, column)
+            _read_row(folder, row, name, number, column, pictures.split, listed, splits, blank)
         except UserError as error:
             folder.fault(f"{name}:{number}", str(error))
     for mask in folder.claimed & folder.pictures.keys() - listed.keys():
         folder.masks[mask] = folder.pictures.pop(mask)
     _tell(folder, name, columns, column, listed)
-    if lines and not folder.rows and listed and pictures.split not in splits:
+    if splits and not folder.rows and pictures.split not in splits:
         there = ", ".join(sorted(splits)) or "train"
         folder.fault(name, f'no line of the split "{pictures.split}"; there are: {there}')
 
@@ -123,6 +129,21 @@ def more_captions(columns: Iterable[str], column: str) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
+def is_blank(row: Mapping[str, Any], column: str) -> bool:
+    """Return whether a row has no caption yet: nothing, or only empty text, in its columns.
+
+    Where another column may be meant as that of the captions, it is not blank but in error.
+    """
+    if column not in row and _meant(row, column):
+        return False
+    for key in (column, *more_captions(row, column)):
+        value = row.get(key)
+        for text in value if isinstance(value, list) else [value]:
+            if text is not None and not (isinstance(text, str) and not text.strip()):
+                return False
+    return True
+
+
 def captions_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     """Return the captions of a row: text or a list of texts in `column`, and those of _2, _3 ...
 
@@ -150,7 +171,7 @@ def weight_of(value: object) -> float:
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 < weight <= 1000:
         told = json.dumps(value, default=str)[:60]
@@ -167,6 +188,7 @@ def _read_row(
     split: str,
     listed: dict[str, int],
     splits: set[str],
+    blank: bool,
 ) -> None:
     """Take what one line says of its picture. Raises UserError without the line's number."""
     name = _picture(folder, _text_of(row, "file_name"))
@@ -180,10 +202,10 @@ def _read_row(
         raise UserError(f'{name}: "split" is {json.dumps(its_split)[:60]} and not text')
     splits.add(its_split)
     mask = None if row.get("mask") is None else _mask(folder, name, _text_of(row, "mask"))
-    if row.get(column) is None:
+    if row.get(column) is None and not blank:
         _text_of(row, column)  # says that it is missing, and what may be meant
     try:
-        captions = captions_of(row, column)
+        captions = () if blank else captions_of(row, column)
         weight = weight_of(row.get("weight"))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
@@ -201,7 +223,7 @@ def _picture(folder: Folder, value: str) -> str:
         return name
     if asked in folder.masks:
         raise UserError(f'"{value}": a mask by its name, not a picture')
-    if (folder.root / asked).exists():
+    if there(folder.root / asked):
         raise UserError(f'"{value}": not a picture by its name (.png, .jpg, .webp are usual)')
     raise UserError(f'"{value}": there is no such picture{folder.near(asked, folder.pictures)}')
 
@@ -219,7 +241,7 @@ def _mask(folder: Folder, picture: str, value: str) -> str:
         folder.root.resolve()
     ):
         raise UserError(f'"{value}": {OUTSIDE}')
-    if (folder.root / asked).exists() and PurePosixPath(asked).suffix.lower() not in SUFFIXES:
+    if there(folder.root / asked) and PurePosixPath(asked).suffix.lower() not in SUFFIXES:
         raise UserError(f'"{value}": not a picture by its name; masks are usually .png')
     near = folder.near(asked, (*folder.masks, *folder.pictures))
     raise UserError(f'"{value}": there is no such mask{near}')
@@ -231,9 +253,14 @@ def _text_of(row: dict[str, Any], key: str) -> str:
         return value
     if value is not None:
         raise UserError(f'"{key}" is {json.dumps(value)[:60]} and not text')
-    near = [k for k in row if k in _SYNONYMS.get(key, ()) or did_you_mean(k, [key])]
+    near = _meant(row, key)
     hint = f'; "{near[0]}" should be called that' if near and key not in row else ""
     raise UserError(f'"{key}" is missing{hint}')
+
+
+def _meant(columns: Iterable[str], key: str) -> list[str]:
+    """Return the columns that may be meant as `key`."""
+    return [k for k in columns if k in _SYNONYMS.get(key, ()) or did_you_mean(k, [key])]
 
 
 # Lines
@@ -254,11 +281,12 @@ def json_object(line: str) -> dict[str, Any]:
     """Return a JSON object, each key once. Raises UserError."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f'key "{key}" stands twice')
-        return dict(pairs)
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f'key "{escaped(twice)}" stands twice')
+        return row
 
     try:
         row = json.loads(line, object_pairs_hook=once)
@@ -266,9 +294,24 @@ def json_object(line: str) -> dict[str, Any]:
         raise UserError(f"not valid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise UserError("not valid JSON: nested too deeply") from None
+    except UserError:
+        raise
+    except ValueError:  # Python's own bound, which keeps it from counting for hours
+        raise UserError("a number of thousands of digits; write a smaller one") from None
     if not isinstance(row, dict):
         raise UserError(f"a JSON object is needed, this is {line.strip()[:60]}")
+    if r"\u" in line:
+        _check_characters(row)
     return row
+
+
+def _check_characters(row: dict[str, Any]) -> None:
+    """Raise UserError for half a character, which JSON can say and no file of text can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(f"{half} is half of a character; write the whole one") from None
 
 
 def _csv_lines(folder: Folder, name: str, text: str) -> Lines | None:
@@ -316,6 +359,6 @@ def _header_fault(header: list[str]) -> str | None:
     for sign, called in ((";", "semicolons"), ("\t", "tabs")):
         if any(sign in column for column in header):
             return f"separated by {called}; save it with commas"
-    near = [k for k in header if k in _SYNONYMS["file_name"] or did_you_mean(k, ["file_name"])]
+    near = _meant(header, "file_name")
     hint = f'; "{near[0]}" should be called that' if near else ""
     return f'the first line names no column "file_name"{hint}'

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from tunekit.data.listing import MASK_NAME, Folder, caption_fault, read_text
+from tunekit.data.reading import escaped, masks_unused
 from tunekit.data.records import Finding, Severity
 from tunekit.errors import UserError
 
 MOST_REPEATS = 10_000
-MASK_UNUSED = "set `data.mask: {source: files}` to use them, or move them out of the folder"
 _CONCEPT = re.compile(r"(?P<repeats>\d+)_(?P<words>\S.*)", re.DOTALL)
 _MANY_REPEATS = 500  # more is rather a year, or a number of the file, than meant as repeats
 Texts = dict[str, tuple[tuple[str, ...], str]]
@@ -27,8 +28,8 @@ def stems(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def read_sidecars(folder: Folder) -> Texts:
-    """Return captions and where they stand, by picture."""
+def read_sidecars(folder: Folder, uncaptioned: bool = False) -> Texts:
+    """Return captions and where they stand, by picture. uncaptioned: as of `Reading`."""
     by_stem = stems({*folder.pictures, *folder.outside})
     texts: Texts = {}
     joined = []
@@ -46,6 +47,9 @@ def read_sidecars(folder: Folder) -> Texts:
             text = read_text(path)
         except UserError as error:
             folder.fault(sidecar, str(error))
+            continue
+        if uncaptioned and not text.strip():
+            texts[pictures[0]] = ((), sidecar)
             continue
         if what := caption_fault(text):
             hint = "" if text.strip() else "; write one, or delete the file to use the template"
@@ -75,36 +79,49 @@ def _whose(
 def folder_repeats(folder: Folder, texts: Texts) -> dict[str, int]:
     """Return the repeats that folder names such as ``10_zorp robot`` give their pictures.
 
+    The nearest folder around a picture that is named so counts, that of the source included.
     Pictures without a caption get the folder's words in `texts`.
     """
-    tops = {name.partition("/")[0] for name in folder.pictures if "/" in name}
-    named = {top: match for top in sorted(tops) if (match := _CONCEPT.fullmatch(top))}
+    concepts = {name: _concept(folder, name) for name in sorted(folder.pictures)}
+    named = {at: match for found in concepts.values() if found for at, match in [found]}
     if not named:
         return {}
     first = next(iter(named))
-    for top in sorted(tops - named.keys()):
+    outside = {name.rpartition("/")[0] for name, found in concepts.items() if not found}
+    for plain in sorted(outside - {""}):
         what = f'not named "NUMBER_words" as {first}/ is, whose number is taken as repeats; '
-        folder.fault(f"{top}/", what + "name all folders so, or none")
-    for name in sorted(folder.pictures):
-        if "/" not in name:
+        folder.fault(f"{plain}/", what + "name all folders so, or none")
+    for name, found in concepts.items():
+        if not found and "/" not in name:
             what = f"lies beside {first}/, whose number is taken as repeats; "
             folder.fault(name, what + "move it into a folder, or rename the folders")
-    for top, match in named.items():
+    for at, match in named.items():
         if not 1 <= int(match["repeats"]) <= MOST_REPEATS:
             what = f"{match['repeats']} repeats; 1 to {MOST_REPEATS:,} are possible"
-            folder.fault(f"{top}/", f"{what}, or move the folder out")
+            folder.fault(f"{at}/", f"{what}, or rename the folder")
     repeats = {}
-    for name in folder.pictures:
-        if found := named.get(name.partition("/")[0]):
-            repeats[name] = int(found["repeats"])
-            texts.setdefault(name, ((found["words"].strip(),), f"folder {found[0]}"))
-    told = [f"{top}/ ({int(m['repeats'])})" for top, m in named.items()]
+    for name, found in concepts.items():
+        if found:
+            at, match = found
+            repeats[name] = int(match["repeats"])
+            texts.setdefault(name, ((match["words"].strip(),), f"folder {at}"))
+    told = [f"{at}/ ({int(match['repeats'])})" for at, match in named.items()]
     text = "visits an epoch that the folders' names give each of their pictures"
     many = max(int(match["repeats"]) for match in named.values()) > _MANY_REPEATS
     advice = "rename the folders if these numbers are something else" if many else ""
     severity: Severity = "warning" if many else "note"
     folder.findings.append(Finding(severity, "folder-repeats", text, tuple(told), advice))
     return repeats
+
+
+def _concept(folder: Folder, picture: str) -> tuple[str, re.Match[str]] | None:
+    """Return the nearest folder around a picture that is named ``10_words``, and the match."""
+    for above in PurePosixPath(picture).parents:
+        # Of the source only its own name counts; what lies above it is the user's disk.
+        name = above.name or os.path.basename(os.path.abspath(folder.root))
+        if match := _CONCEPT.fullmatch(name):
+            return (above.as_posix() if above.name else escaped(name)), match
+    return None
 
 
 # Masks
@@ -132,10 +149,7 @@ def match_masks(folder: Folder, wanted: bool) -> dict[str, Path]:
         else:
             found[pictures[0]] = path
     if unused:
-        what = "masks that would have no effect, since data.mask takes none from files"
-        folder.findings.append(
-            Finding("error", "mask-unused", what, tuple(sorted(unused)), MASK_UNUSED)
-        )
+        folder.findings.append(masks_unused(unused))
     if wanted:
         _tell_missing(folder, found)
     return found if wanted else {}

@@ -11,24 +11,23 @@ its folder's name gives; weights are turned into such repeats, and the share tha
 from __future__ import annotations
 
 import glob
-import re
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from tunekit import hub
+from tunekit.data.cache import Cache
 from tunekit.data.folder import read_folder
 from tunekit.data.listing import fault
+from tunekit.data.reading import NOT_UTF8, Progress, Reading, escaped, is_utf8
 from tunekit.data.records import Finding, Record
 from tunekit.data.sidecars import MOST_REPEATS
 
 if TYPE_CHECKING:
     from tunekit.schema_source import Pictures
 
-Progress = Callable[[str], object]
-"""Is called with a few words for each picture that is taken from a table or shard."""
-
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _FINEST = 100  # more repeats than this are not tried to come nearer to the weights
 _NEAR = 0.02  # a share this near to its weight, relatively, is near enough
 
@@ -61,21 +60,27 @@ def fault_line(finding: Finding) -> str:
 
 
 def read(
-    sources: Sequence[Pictures], *, mask: bool = False, progress: Progress | None = None
+    sources: Sequence[Pictures],
+    *,
+    mask: bool = False,
+    uncaptioned: bool = False,
+    progress: Progress | None = None,
+    cache: Cache | None = None,
 ) -> Found:
     """Read the sources' pictures and words; folders are listed, tables and shards streamed.
 
-    mask: whether mask files are wanted, as `data.mask` with `source: files` does. progress: told
-    each picture that is taken from a stream. Every fault is a finding; raises UserError where the
-    cache cannot keep pictures.
+    For the other arguments see `Reading`; where `streamed` says so, who reads holds the cache with
+    `using` for as long as the pictures are read. Every fault is a finding; raises UserError where
+    the cache cannot keep pictures.
     """
+    how = Reading(mask, uncaptioned, progress, cache or Cache())
     labels = _labels(sources)
     found = Found(", ".join(_named(source) for source in sources[:3]))
     if len(sources) > 3:
         found.label += f" and {len(sources) - 3} more"
     parts = []
     for source, label in zip(sources, labels, strict=True):
-        records, findings = _read_one(source, mask, progress)
+        records, findings = _read_one(source, how)
         if len(sources) > 1:
             records = [replace(r, name=_under(label, r.name)) for r in records]
             findings = [_labelled(finding, label, source) for finding in findings]
@@ -87,6 +92,11 @@ def read(
     for records, factor in zip(parts, repeats, strict=True):
         found.records += [replace(record, repeats=record.repeats * factor) for record in records]
     return found
+
+
+def streamed(sources: Sequence[Pictures]) -> bool:
+    """Return whether pictures of the sources are kept in the cache: all that are in no folder."""
+    return any(source.path is None or not Path(source.path).is_dir() for source in sources)
 
 
 def stream(records: Sequence[Record]) -> Iterator[Record]:
@@ -125,29 +135,27 @@ def _named(source: Pictures) -> str:
     return source.path or source.dataset or ""
 
 
-def _read_one(
-    source: Pictures, mask: bool, progress: Progress | None
-) -> tuple[list[Record], list[Finding]]:
+def _read_one(source: Pictures, how: Reading) -> tuple[list[Record], list[Finding]]:
     named = _named(source)
     if source.dataset is not None:
         from tunekit.data.tables import read_hub
 
-        return read_hub(source, mask, progress)
+        return read_hub(source, how)
     if Path(named).is_dir():
         if source.image_column:
             what = f'image_column "{source.image_column}" is for tables and shards, not for folders'
             return [], [fault(named, what)]
-        return read_folder(source, mask)
+        return read_folder(source, how)
     files, what = _files(named)
     if what:
         return [], [fault(named, what)]
     if files[0].suffix.lower() == ".tar":
         from tunekit.data.tars import read_tars
 
-        return read_tars(source, files, mask, progress)
+        return read_tars(source, files, how)
     from tunekit.data.tables import read_parquet
 
-    return read_parquet(source, files, mask, progress)
+    return read_parquet(source, files, how)
 
 
 def _files(named: str) -> tuple[list[Path], str]:
@@ -160,9 +168,11 @@ def _files(named: str) -> tuple[list[Path], str]:
             return [], "no file has such a name"
     if not files:
         hint = ""
-        if _HUB_ID.fullmatch(named):
+        if hub.means_id(named):
             hint = f"; a dataset on the Hub is named `source: {{dataset: {named}}}`"
         return [], f"there is no such folder of pictures{hint}"
+    if odd := [file for file in files if not is_utf8(str(file))]:
+        return [], f"names {escaped(odd[0].name)}: {NOT_UTF8}"
     suffixes = sorted({"folder" if file.is_dir() else file.suffix.lower() for file in files})
     if len(suffixes) > 1:
         return [], f"names files of several kinds ({', '.join(suffixes)}); name one kind"
@@ -210,11 +220,18 @@ def _labelled(finding: Finding, label: str, source: Pictures) -> Finding:
 
 
 def _twice(sources: Sequence[Pictures]) -> list[Finding]:
-    again = [_named(s) for at, s in enumerate(sources) if s in sources[:at]]
+    read = [_what(source) for source in sources]
+    again = [_named(s) for at, s in enumerate(sources) if read[at] in read[:at]]
     if not again:
         return []
     advice = "name it once, with `repeats` or `weight`"
     return [Finding("error", "source-twice", "named twice as a source", tuple(again), advice)]
+
+
+def _what(source: Pictures) -> Pictures:
+    """Return what is read of a source: the same however its path is spelled, and how often."""
+    path = source.path and os.path.realpath(source.path)
+    return source.model_copy(update={"path": path, "repeats": 1, "weight": None})
 
 
 def _repeats(
@@ -242,7 +259,8 @@ def _repeats(
         wanted = f", {weights[at] / sum(weights):.1%} asked" if weights else ""
         share = repeats[at] * visits[at] / total if total else 0
         times = "1 repeat" if repeats[at] == 1 else f"{repeats[at]} repeats"
-        told.append(f"{label} ({len(parts[at])} pictures, {times}, {share:.1%}{wanted})")
+        count = "1 picture" if len(parts[at]) == 1 else f"{len(parts[at])} pictures"
+        told.append(f"{label} ({count}, {times}, {share:.1%}{wanted})")
     return repeats, [*findings, Finding("note", "shares", "share of all visits", tuple(told))]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tunekit.data.cache import Cache
 from tunekit.data.records import Finding
+from tunekit.data.upkeep import size_text
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", ".png"),
@@ -56,5 +57,5 @@ class Spool:
         if not self.count:
             return []
         what = "1 picture" if self.count == 1 else f"{self.count:,} pictures"
-        text = f"{what} ({self.size / 1e6:,.1f} MB) kept as files in {self.cache.root / KIND}"
+        text = f"{what} ({size_text(self.size)}) kept as files in {self.cache.root / KIND}"
         return [Finding("note", "kept", text)]

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from tunekit.data.columns import Columns, choose_columns
 from tunekit.data.listing import fault
-from tunekit.data.metadata import captions_of, weight_of
+from tunekit.data.metadata import captions_of, is_blank, weight_of
+from tunekit.data.reading import Reading, masks_unused
 from tunekit.data.records import Finding, Record, Severity
 from tunekit.data.spool import Spool
 from tunekit.errors import UserError
@@ -49,9 +50,9 @@ class Rows:
 
 
 def read_parquet(
-    source: Pictures, files: list[Path], mask: bool, progress: Callable[[str], object] | None
+    source: Pictures, files: list[Path], how: Reading
 ) -> tuple[list[Record], list[Finding]]:
-    """Return a record a row of the files, and what is to be told; arguments as of source.read."""
+    """Return a record a row of the files, and what is to be told."""
     import pyarrow.parquet as pq
 
     import datasets
@@ -81,13 +82,11 @@ def read_parquet(
         return stream
 
     names = (f"{name}:{row}" for name, count in counts.items() for row in range(count))
-    return read_rows(Rows(str(source.path), features, opened, names), source, mask, progress)
+    return read_rows(Rows(str(source.path), features, opened, names), source, how)
 
 
-def read_hub(
-    source: Pictures, mask: bool, progress: Callable[[str], object] | None
-) -> tuple[list[Record], list[Finding]]:
-    """Return a record a row of a Hub dataset's split; arguments as of source.read."""
+def read_hub(source: Pictures, how: Reading) -> tuple[list[Record], list[Finding]]:
+    """Return a record a row of a Hub dataset's split, and what is to be told."""
     name = source.dataset
     assert name is not None
     if Path(name).exists():
@@ -98,7 +97,7 @@ def read_hub(
         rows = open_dataset(name, f"hf://datasets/{name}", source)
     except UserError as error:
         return [], [fault(name, str(error))]
-    return read_rows(rows, source, mask, progress)
+    return read_rows(rows, source, how)
 
 
 def open_dataset(name: str, root: str, source: Pictures) -> Rows:
@@ -175,20 +174,18 @@ def _row_counts(files: list[Path]) -> tuple[dict[str, int], list[Finding]]:
 # Rows
 
 
-def read_rows(
-    rows: Rows, source: Pictures, mask: bool, progress: Callable[[str], object] | None
-) -> tuple[list[Record], list[Finding]]:
+def read_rows(rows: Rows, source: Pictures, how: Reading) -> tuple[list[Record], list[Finding]]:
     """Return a record a row, its picture kept as a file, and what is to be told."""
     try:
-        columns = choose_columns(rows.features, source, mask)
+        columns = choose_columns(rows.features, source, how.mask)
     except UserError as error:
         return [], [fault(rows.where, str(error))]
-    taken = _Taken(rows, columns, source.split, mask)
+    taken = _Taken(rows, columns, source.split, how)
     try:
         for name, row in zip(rows.names, rows.open(columns), strict=False):
             taken.take(name, row)
-            if progress is not None:
-                progress(name)
+            if how.progress is not None:
+                how.progress(name)
     except UserError:
         raise
     except Exception as error:  # the network, or a broken file, in the middle of it
@@ -201,9 +198,9 @@ def read_rows(
 class _Taken:
     """What was taken of a table so far."""
 
-    def __init__(self, rows: Rows, columns: Columns, split: str, mask: bool) -> None:
-        self.rows, self.columns, self.split, self.mask = rows, columns, split, mask
-        self.spool = Spool()
+    def __init__(self, rows: Rows, columns: Columns, split: str, how: Reading) -> None:
+        self.rows, self.columns, self.split, self.how = rows, columns, split, how
+        self.spool = Spool(how.cache)
         self.records: list[Record] = []
         self.findings: list[Finding] = []
         self.seen = 0
@@ -220,7 +217,7 @@ class _Taken:
                 return
         try:
             captions: tuple[str, ...] = ()
-            if columns.captions and row[columns.captions] is not None:
+            if columns.captions and not self._uncaptioned(row, columns.captions):
                 captions = captions_of(row, columns.captions)
             weight = weight_of(row[columns.weight]) if columns.weight else 1.0
             image = self._bytes(row[columns.image], columns.image)
@@ -240,6 +237,9 @@ class _Taken:
             )
         )
 
+    def _uncaptioned(self, row: Mapping[str, Any], column: str) -> bool:
+        return row[column] is None or (self.how.uncaptioned and is_blank(row, column))
+
     def _bytes(self, value: Mapping[str, Any] | None, column: str) -> bytes:
         """Return a picture's bytes. Raises UserError where the row has none."""
         if value is None:
@@ -255,7 +255,8 @@ class _Taken:
         """Note how columns were used, and what was not."""
         columns, where = self.columns, self.rows.where
         for split, count in sorted(self.other_split.items()):
-            text = f'{count:,} rows of the split "{split}" are not used'
+            what, are = ("1 row", "is") if count == 1 else (f"{count:,} rows", "are")
+            text = f'{what} of the split "{split}" {are} not used'
             self.findings.append(Finding("note", "other-split", text))
         if not self.seen and not self.findings:
             self.findings.append(fault(where, "no rows"))
@@ -282,7 +283,9 @@ class _Taken:
         self.findings += self.spool.told()
 
     def _tell_masks(self) -> None:
-        if not self.mask or not self.records:
+        if self.columns.masks_unused:
+            self.findings.append(masks_unused(self.columns.masks_unused))
+        if not self.how.mask or not self.records:
             return
         if all(record.mask is None for record in self.records):
             what = "data.mask is set, but there are no masks here; give them in a column `mask`"

@@ -17,14 +17,21 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tunekit.data.images import SUFFIXES, UNREADABLE_SUFFIXES
 from tunekit.data.listing import CAPTION_LIMIT, caption_fault, decode_text, fault
-from tunekit.data.metadata import CAPTION_COLUMNS, captions_of, json_object, weight_of
+from tunekit.data.metadata import (
+    CAPTION_COLUMNS,
+    captions_of,
+    is_blank,
+    json_object,
+    weight_of,
+)
+from tunekit.data.reading import NOT_UTF8, Reading, escaped, is_utf8, masks_unused
 from tunekit.data.records import Finding, Record
 from tunekit.data.spool import Spool
 from tunekit.errors import UserError, did_you_mean
@@ -37,6 +44,7 @@ _LABEL = "-masklabel"
 _JSON_LIMIT = 1_000_000
 _TEXTS = ("txt", "caption")
 _WORDS = (*_TEXTS, "json")
+_END = 2 * tarfile.BLOCKSIZE  # bytes of zeros behind the last member
 
 
 @dataclass(frozen=True)
@@ -74,25 +82,25 @@ class _Shards:
     """What was found in the shards so far. joined: captions of several lines."""
 
     source: Pictures
-    mask: bool
+    how: Reading
     findings: list[Finding] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
-    masks: int = 0
+    masks: list[str] = field(default_factory=list)
 
     def fault(self, where: str, what: str) -> None:
         self.findings.append(fault(where, what))
 
 
 def read_tars(
-    source: Pictures, files: list[Path], mask: bool, progress: Callable[[str], object] | None
+    source: Pictures, files: list[Path], how: Reading
 ) -> tuple[list[Record], list[Finding]]:
-    """Return a record a sample of the shards, and what is to be told; arguments as of source.read.
+    """Return a record a sample of the shards, and what is to be told.
 
     Samples come in the order of the shards and of their first members.
     """
-    shards = _Shards(source, mask)
+    shards = _Shards(source, how)
     if source.split != "train":
         what = f'split "{source.split}" is asked, but shards name none; name its files as `path`'
         shards.fault(str(source.path), what)
@@ -106,7 +114,7 @@ def read_tars(
             shards.fault(name, f"no tar file, or a broken one: {error}")
     if not any(found.values()) and not shards.findings:
         shards.fault(str(source.path), "no pictures in these shards")
-    spool = Spool()
+    spool = Spool(how.cache)
     records = []
     for sample, image, covered in _pictures(found):
         if not image:
@@ -117,8 +125,8 @@ def read_tars(
         records.append(
             Record(path, sample.name, sample.captions, sample.origin, weight=weight, mask=kept)
         )
-        if progress is not None:
-            progress(sample.name)
+        if how.progress is not None:
+            how.progress(sample.name)
     _tell(shards, records)
     return records, [*shards.findings, *spool.told()]
 
@@ -161,8 +169,12 @@ def _samples(file: Path, shard: str, shards: _Shards) -> list[_Sample]:
     with tarfile.open(file, "r:") as tar:
         for member in tar:
             _sort_member(member, shard, samples, shards)
+        last, end = tar.getmembers()[-1:], tar.offset
     good = []
     with file.open("rb") as opened:
+        if what := _end_fault(opened, end):
+            behind = f" behind {escaped(last[0].name)}" if last else ""
+            shards.fault(shard, f"{what}{behind}; pack or download it again")
         for sample in samples.values():
             try:
                 _choose(sample, shards)
@@ -176,13 +188,34 @@ def _samples(file: Path, shard: str, shards: _Shards) -> list[_Sample]:
     return good
 
 
+def _end_fault(shard: BinaryIO, end: int) -> str:
+    """Return what is wrong with a shard's end, "" where it is whole. end: bytes of all members.
+
+    `tarfile` takes whatever is no member for the end, so that a shard that was cut between two
+    members, or has a second one behind it, would pass for a smaller one.
+    """
+    shard.seek(end)
+    mark = shard.read(_END)
+    if mark.strip(b"\0"):
+        return "broken: neither a member nor the end"
+    if len(mark) < _END:
+        return f"cut off: {len(mark)} of the {_END:,} zero bytes that end a tar file"
+    while more := shard.read(1 << 20):
+        if more.strip(b"\0"):
+            return "there is more behind the end, as where shards were put together,"
+    return ""
+
+
 def _sort_member(
     member: tarfile.TarInfo, shard: str, samples: dict[str, _Sample], shards: _Shards
 ) -> None:
     """Put a member with the sample that its name belongs to."""
     name = member.name.removeprefix("./")
-    path, where = PurePosixPath(name), f"{shard}/{name}"
+    path, where = PurePosixPath(name), f"{shard}/{escaped(name)}"
     if member.isdir():
+        return
+    if not is_utf8(name):
+        shards.fault(where, NOT_UTF8)
         return
     if path.name.startswith("."):
         shards.aside.append(where)
@@ -238,8 +271,8 @@ def _choose(sample: _Sample, shards: _Shards) -> None:
     image = asked or able[0]
     sample.image = fields[image]
     if masks:
-        shards.masks += 1
-        sample.mask = masks[0] if shards.mask else None
+        shards.masks.append(sample.name)
+        sample.mask = masks[0] if shards.how.mask else None
     for kind, member in fields.items():
         used = kind in (image, *_WORDS, shards.source.caption_column) or member in masks
         if not used:
@@ -276,11 +309,13 @@ def _read_words(file: BinaryIO, sample: _Sample, shard: str, shards: _Shards) ->
         raise UserError(f"captions may be in {told}; name one as caption_column")
     if files:
         member = sample.fields[files[0]]
-        sample.captions = (_caption(file, member, shard, shards),)
+        text = _caption(file, member, shard, shards)
+        sample.captions = (text,) if text else ()
         sample.origin = f"{shard}/{member.name}"
     elif packed and keys:
         try:
-            sample.captions = captions_of(row, keys[0])
+            if not (shards.how.uncaptioned and is_blank(row, keys[0])):
+                sample.captions = captions_of(row, keys[0])
         except UserError as error:
             raise _MemberError(packed.name, str(error)) from None
         sample.origin = f"{shard}/{packed.name}"
@@ -300,6 +335,8 @@ def _json(file: BinaryIO, member: _Member) -> dict[str, Any]:
 
 def _caption(file: BinaryIO, member: _Member, shard: str, shards: _Shards) -> str:
     text = _text(file, member, 4 * CAPTION_LIMIT + 3)
+    if shards.how.uncaptioned and not text.strip():
+        return ""
     if what := caption_fault(text):
         raise _MemberError(member.name, what)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -329,10 +366,9 @@ def _tell(shards: _Shards, records: list[Record]) -> None:
     add("note", "left-aside", "not pictures and left aside", shards.aside)
     unused = [f".{kind} ({count})" for kind, count in sorted(shards.unused.items())]
     add("note", "unused-fields", "members that are not used", unused)
-    if shards.masks and not shards.mask:
-        text = f"{shards.masks:,} masks are not used, since data.mask takes none from files"
-        shards.findings.append(Finding("warning", "mask-unused", text))
-    if shards.mask and records:
+    if shards.masks and not shards.how.mask:
+        shards.findings.append(masks_unused(shards.masks))
+    if shards.how.mask and records:
         without = [record.name for record in records if record.mask is None]
         if len(without) == len(records):
             what = "data.mask is set, but there are no masks here; pack them as NAME.mask.png"
