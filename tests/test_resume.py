@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,3 +256,58 @@ def test_a_signal_ends_the_step_in_hand(
 
 def curve_of(out: Path) -> list[str]:
     return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def own_pictures(tree: Callable[..., Tree], pictures: Path, to: Path) -> Tree:
+    shutil.copytree(pictures, to)
+    made = recipe(tree)
+    made["data"] |= {"source": str(to / "train"), "holdout": str(to / "held_out")}
+    return made
+
+
+def test_other_pictures_are_named(
+    tree: Callable[..., Tree], pictures: Path, tmp_path: Path
+) -> None:
+    mine = own_pictures(tree, pictures, tmp_path / "pictures")
+    out, train = tmp_path / "run", tmp_path / "pictures" / "train"
+    with pytest.raises(Killed):
+        tunekit.train(mine, out=out, reporter=KillAt(5))
+    Image.new("RGB", (40, 40), "red").save(train / "1.png")
+    (train / "0.png").rename(train / "9.png")
+    listed = (train / "metadata.jsonl").read_text().replace('"0.png"', '"9.png"')
+    (train / "metadata.jsonl").write_text(listed)
+    with pytest.raises(UserError) as caught:
+        tunekit.train(mine, out=out, reporter=Silent(), resume=True)
+    line = str(caught.value)
+    assert "training, changed: 1.png" in line
+    assert "training, gone: 0.png" in line
+    assert "training, new: 9.png" in line
+    assert "--allow-changed" in line
+    tunekit.train(mine, out=out, reporter=Silent(), resume=True, allow_changed=True)
+    assert len(curve(out)) == STEPS
+
+
+class Remove(Silent):
+    """Removes a folder at the first tick of training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Ticker]:
+        def tick(told: str = "") -> None:
+            if name == "training":
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+        yield tick
+
+
+def test_pictures_may_go_once_training_has_begun(
+    tree: Callable[..., Tree], pictures: Path, whole: Run, tmp_path: Path
+) -> None:
+    mine = own_pictures(tree, pictures, tmp_path / "pictures")
+    out = tmp_path / "run"
+    tunekit.train(mine, out=out, reporter=Remove(tmp_path / "pictures"))
+    assert not (tmp_path / "pictures").exists()
+    assert_same(whole.folder, out)
+    assert (out / "report.html").exists()
