@@ -259,3 +259,12 @@ def test_a_style_a_text_encoder_and_nothing_held_out(
     assert run.scores["scores"]["leak"]["prompts"] == ["a cat, style"]
     trained = checkpoint.read(run.folder / "checkpoints" / "step-000001").tensors["adapter"]
     assert any(name.startswith("text_encoder.") for name in trained)
+
+
+def test_a_launcher_of_several_processes_is_refused(
+    tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started"):
+        tunekit.train(tree(), out=tmp_path / "run", reporter=Silent())
+    assert not (tmp_path / "run").exists()

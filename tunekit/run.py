@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import gc
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ def train(
     from tunekit.resume import compare_pictures
 
     began = time.monotonic()
+    _refuse_several_processes()
     resolved = recipe_from(recipe, overrides)
     writer = RunWriter(Path(out) if out is not None else RUNS / resolved.name)
     point = _point(writer, resolved, overwrite, resume, allow_changed)
@@ -117,6 +119,17 @@ def train(
         session.seconds["preparing"] = time.monotonic() - began
         with writer.claim(overwrite, point.step if point else None):
             return session.run()
+
+
+def _refuse_several_processes() -> None:
+    """Raise UserError where a launcher started several processes: each would train by itself."""
+    from tunekit.errors import UserError
+
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"{count} processes were started (WORLD_SIZE): a run is one process for now, and each "
+            "of them would train the same by itself; start tunekit alone"
+        )
 
 
 def _point(
