@@ -115,6 +115,25 @@ def test_the_name_of_the_file_is_the_registered_name(package: object) -> None:
         package.get(known + "x")  # type: ignore[attr-defined]
 
 
+def test_every_file_has_a_line_in_its_map() -> None:
+    """docs/architecture.md knows every module, the page of tunekit.data every file of it."""
+    told = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"\b[a-z_]+\b", told))
+    modules = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in SOURCES}
+    unknown = modules - named - {"__init__", "__main__", "tunekit", "pretrain"}
+    assert not unknown, f"docs/architecture.md says nothing of {sorted(unknown)}"
+    files = {p.name for p in (PACKAGE / "data").glob("*.py")} - {"__init__.py"}
+    listed = re.findall(
+        r"^    (\w+\.py) ",
+        ast.get_docstring(ast.parse((PACKAGE / "data" / "__init__.py").read_text()), clean=False)
+        or "",
+        re.MULTILINE,
+    )
+    assert sorted(listed) == sorted(files)
+    gone = set(re.findall(r"\b(\w+)\.py\b", told)) - {p.stem for p in SOURCES}
+    assert not gone, f"docs/architecture.md knows {sorted(gone)}, which are no more"
+
+
 def test_dependencies_are_declared_pinned_and_used() -> None:
     project = PYPROJECT["project"]
     declared = [Requirement(line) for line in project["dependencies"]]
