@@ -329,7 +329,7 @@ def test_pictures_of_the_class_are_looked_at_too(paint: Any, recipe: Any, tmp_pa
         paint(f"train/{number}.png", number, text="a zorp robot")
         paint(f"class/{number}.png", 10 + number)
     drawn = inspect(recipe("  resolution: 64\n  prior: {count: 9}"))
-    assert any('draw 9 pictures of the class: "a {class}"' in f.text for f in drawn.findings)
+    assert any('draws 9 pictures of the class: "a robot"' in f.text for f in drawn.findings)
     whole = inspect(recipe("  resolution: 64\n  prior: {source: class}"))
     assert whole.ok
     assert [p["name"] for p in whole.as_dict()["prior"]["pictures"]] == ["0.png", "1.png", "2.png"]
