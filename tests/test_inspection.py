@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from told import Told
 
 from tunekit.cli import main
+from tunekit.data.cache import Cache
 from tunekit.data.records import DataError
 from tunekit.errors import UserError
 from tunekit.inspection import Inspection, inspect
@@ -338,3 +342,31 @@ def test_pictures_of_the_class_are_looked_at_too(paint: Any, recipe: Any, tmp_pa
     broken = inspect(recipe("  resolution: 64\n  prior: {source: class}"))
     assert not broken.ok
     assert any(code.startswith("prior-") for code in codes(broken))
+
+
+def test_pictures_of_a_shard_stay_in_the_cache_until_the_page_is_drawn(
+    paint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            tar.add(paint(f"plain/{number}.png", number), "a.png")
+    with contextlib.ExitStack() as held:
+        found = inspect(tmp_path / "0.tar", held=held)
+        with pytest.raises(UserError, match="in use"):
+            Cache().prune(max_bytes=0)
+        found.save(tmp_path / "page.html")
+    assert Cache().prune(max_bytes=0).files == {"pictures": 1}
+    inspect(tmp_path / "0.tar")
+    monkeypatch.setenv("TUNEKIT_CACHE_MAX", "1")
+    told = Told()
+    inspect(tmp_path / "1.tar", reporter=told)
+    assert "the cache may hold 1 byte" in told.notes[0]
+    assert Cache().prune(max_bytes=0).files == {"pictures": 1}
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "1.tar"))  # of a folder nothing is kept
+    assert inspect(tmp_path / "plain", resolution=64).ok
+
+
+def test_a_name_that_is_no_text_is_told_with_escapes() -> None:
+    with pytest.raises(UserError, match=r"p\\xff: the name is not UTF-8"):
+        inspect("p\udcff")

@@ -7,20 +7,24 @@ result written, whole.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tunekit import captioners
+from tunekit import captioners, hub
 from tunekit.captioners import Captioner, Wishes
 from tunekit.captioners._ledger import Ledger
 from tunekit.captioners._place import find
+from tunekit.data.cache import Cache
 from tunekit.data.captions import fill, insert_trigger
-from tunekit.data.records import DataError, Finding, Record
+from tunekit.data.reading import NOT_UTF8, escaped, is_utf8
+from tunekit.data.records import DataError, Finding, Record, printable
+from tunekit.data.source import fault_line, read, streamed
 from tunekit.errors import UserError
 from tunekit.progress import Reporter, Silent
 from tunekit.recipe_faults import explain
@@ -28,10 +32,10 @@ from tunekit.recipe_source import Place as KeyPlace
 from tunekit.recipe_source import RecipeError, Source, from_overrides
 
 if TYPE_CHECKING:
+    from tunekit.captioners.base import Said
     from tunekit.schema_source import Pictures
     from tunekit.section import Section
 
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _NAMED = 10  # names of pictures in one line for people
 
 
@@ -57,8 +61,12 @@ class Captioned:
         return {**asdict(self), "out": str(self.out)}
 
     def lines(self) -> list[str]:
-        """Return what people want to know, the captions first."""
-        lines = [f"{name}: {text}" for name, text in self.captions.items()]
+        """Return the new captions, one a line, each with its picture."""
+        return [printable(f"{name}: {text}") for name, text in self.captions.items()]
+
+    def told(self) -> list[str]:
+        """Return what people want to know beside the captions."""
+        lines = []
         if self.captions:
             lines.append(
                 f"{self.out}: {_count(self.captions)} captioned; read them before you train"
@@ -77,7 +85,7 @@ class Captioned:
                 f"of {_count(self.silent)} nothing was said, and training will miss their "
                 f"captions: {', '.join(self.silent)}; write them by hand, or ask otherwise"
             )
-        return lines
+        return list(map(printable, lines))
 
 
 def caption(
@@ -104,34 +112,36 @@ def caption(
     """
     reporter = reporter or Silent()
     kind, chosen, wishes = _asked(captioner, options, instruction, trigger, class_noun)
-    records = _records(str(source), reporter)
-    place = find(Path(source), records, None if out is None else Path(out))
-    kept = () if overwrite else tuple(name for name in place.files if name in place.had)
-    todo = {name: record for name, record in place.files.items() if name not in kept}
-    if not todo:
-        return Captioned(str(source), captioner, place.out, {}, kept, (), {})
-    pixels = _look(str(source), todo, reporter)
-    settings = {
-        "captioner": captioner,
-        "options": chosen.model_dump(mode="json"),
-        **asdict(wishes),
-    }
-    with Ledger(place.ledger, settings) as ledger:
-        left = [name for name in todo if (name, pixels[name]) not in ledger.done]
-        if len(left) < len(todo):
-            reporter.note(f"{len(todo) - len(left)} of {len(todo)} pictures were captioned before")
-        if left:
-            _describe(kind, chosen, wishes, {name: todo[name] for name in left}, ledger, reporter)
-        said = {name: ledger.done[name, pixels[name]] for name in todo}
-        texts = {name: _finished(said[name].text, trigger, class_noun) for name in todo}
-        captions = {name: text for name, text in texts.items() if text}
-        place.write({name: _escaped(text) for name, text in captions.items()})
-        ledger.remove()
+    pictures, cache = _pictures(str(source)), Cache(say=reporter.note)
+    with cache.using() if streamed([pictures]) else contextlib.nullcontext():
+        records = _records(pictures, cache, reporter)
+        place = find(Path(source), records, None if out is None else Path(out))
+        kept = () if overwrite else tuple(name for name in place.files if name in place.had)
+        todo = {name: record for name, record in place.files.items() if name not in kept}
+        said: dict[str, Said] = {}
+        if todo:
+            pixels = _look(str(source), todo, reporter)
+            settings = {
+                "captioner": captioner,
+                "options": chosen.model_dump(mode="json"),
+                **asdict(wishes),
+            }
+            with Ledger(place.ledger, settings) as ledger:
+                left = {n: r for n, r in todo.items() if (n, pixels[n]) not in ledger.done}
+                _describe(kind, chosen, wishes, left, len(todo), ledger, reporter)
+                for name in todo:
+                    words = ledger.done[name, pixels[name]]
+                    said[name] = replace(words, text=_finished(words.text, trigger, class_noun))
+                place.write(
+                    {name: _escaped(words.text) for name, words in said.items() if words.text}
+                )
+                ledger.remove()
+    captions = {name: words.text for name, words in said.items() if words.text}
     remarks: dict[str, tuple[str, ...]] = {}
-    for name, words in said.items():
-        if words.remark and name in captions:
-            remarks[words.remark] = (*remarks.get(words.remark, ()), name)
-    silent = tuple(name for name in todo if name not in captions)
+    for name in captions:
+        if remark := said[name].remark:
+            remarks[remark] = (*remarks.get(remark, ()), name)
+    silent = tuple(name for name in said if name not in captions)
     return Captioned(str(source), captioner, place.out, captions, kept, silent, remarks)
 
 
@@ -170,23 +180,22 @@ def _options(kind: type[Captioner], captioner: str, given: Sequence[str]) -> Sec
     return options
 
 
-def _records(source: str, reporter: Reporter) -> list[Record]:
+def _records(pictures: Pictures, cache: Cache, reporter: Reporter) -> list[Record]:
     """Return the source's pictures, those that its metadata does not list as well."""
-    from tunekit.data.source import fault_line, read
-
-    found = read([_pictures(source)])
+    source = pictures.path or str(pictures.dataset)
+    found = read([pictures], uncaptioned=True, cache=cache)
     missing = [finding for finding in found.findings if _not_listed(finding)]
     faults = [
         fault_line(finding)
         for finding in found.findings
-        # masks do not hurt here, and what is not listed shall be
+        # what is not listed shall be
         if finding.severity == "error" and not _not_listed(finding)
-        if finding.code != "mask-unused"
     ]
     if faults:
         raise DataError(source, faults)
     for finding in found.findings:
-        if finding.severity != "error":
+        # no mask is needed here, and captions are what this is for
+        if finding.severity != "error" and finding.code not in ("mask-unused", "no-caption"):
             reporter.note(str(finding))
     unlisted = [Record(Path(source) / name, name) for f in missing for name in f.names]
     return sorted([*found.records, *unlisted], key=lambda record: record.name)
@@ -195,7 +204,9 @@ def _records(source: str, reporter: Reporter) -> list[Record]:
 def _pictures(source: str) -> Pictures:
     from tunekit.schema_source import Pictures
 
-    if _HUB_ID.fullmatch(source) and not Path(source).exists():
+    if not is_utf8(source):
+        raise UserError(f"{escaped(source)}: {NOT_UTF8}")
+    if hub.means_id(source):
         return Pictures(dataset=source)
     return Pictures(path=source)
 
@@ -226,13 +237,18 @@ def _describe(
     options: Section,
     wishes: Wishes,
     records: Mapping[str, Record],
+    wanted: int,
     ledger: Ledger,
     reporter: Reporter,
 ) -> None:
-    """Have every picture described, each kept as soon as it is."""
+    """Have every picture described, each kept as soon as it is. wanted: with those done before."""
     from tunekit.data.images import open_rgb, pixel_hash
     from tunekit.inference import default_device
 
+    if len(records) < wanted:
+        reporter.note(f"{wanted - len(records)} of {wanted} pictures were captioned before")
+    if not records:
+        return
     captioner = kind.load(options, wishes, default_device())
     for note in captioner.notes:
         reporter.note(note)

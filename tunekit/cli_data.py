@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -31,25 +32,33 @@ def inspect(
     from tunekit.inspection import inspect
     from tunekit.progress import OnScreen
 
-    found = inspect(
-        target,
-        overrides or (),
-        trigger=trigger,
-        class_noun=class_noun,
-        resolution=resolution,
-        reporter=OnScreen(),
-    )
-    if html is not None:
-        found.save(html)
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        typer.echo("\n".join(found.lines()))
+    with contextlib.ExitStack() as held:  # the page and the table read the pictures once more
+        found = inspect(
+            target,
+            overrides or (),
+            trigger=trigger,
+            class_noun=class_noun,
+            resolution=resolution,
+            reporter=OnScreen(),
+            held=held,
+        )
+        if html is not None:
+            found.save(html)
+        if as_json:
+            print_json(found.as_dict())
+        else:
+            typer.echo("\n".join(found.lines()))
     raise typer.Exit(0 if found.ok else 2)
 
 
 def caption(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder of pictures.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of pictures, .parquet file, .tar shard, or dataset on the Hub.",
+        ),
+    ],
     options: Annotated[
         list[str] | None,
         typer.Argument(
@@ -81,6 +90,7 @@ def caption(
     from tunekit.captioning import caption
     from tunekit.progress import OnScreen
 
+    reporter = OnScreen()
     made = caption(
         source,
         captioner,
@@ -90,12 +100,15 @@ def caption(
         trigger=trigger,
         class_noun=class_noun,
         overwrite=overwrite,
-        reporter=OnScreen(),
+        reporter=reporter,
     )
     if as_json:
         print_json(made.as_dict())
-    else:
-        typer.echo("\n".join(made.lines()))
+        return
+    for line in made.lines():
+        typer.echo(line)
+    for remark in made.told():
+        reporter.note(remark)
 
 
 cache = typer.Typer(

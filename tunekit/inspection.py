@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,11 @@ from pydantic import ValidationError
 
 from tunekit import schema
 from tunekit.data import checks, contact
+from tunekit.data.cache import Cache
+from tunekit.data.reading import NOT_UTF8, escaped, is_utf8
 from tunekit.data.records import SEVERITIES, Finding, printable
 from tunekit.data.sheet import DataSheet, examine, told
-from tunekit.data.source import fault_line
+from tunekit.data.source import fault_line, streamed
 from tunekit.errors import UserError
 from tunekit.progress import Reporter, Silent
 from tunekit.recipe import Recipe, load_recipe
@@ -123,12 +127,15 @@ def inspect(
     class_noun: str | None = None,
     resolution: int | None = None,
     reporter: Reporter | None = None,
+    held: contextlib.ExitStack | None = None,
 ) -> Inspection:
     """Look at the pictures of a recipe (a .yaml file), or at a folder, .parquet or .tar file.
 
     overrides: ``KEY=VALUE``, as for a run; of a folder, keys of `data` alone. trigger, class_noun,
     resolution: those keys of `data`. Without trigger or class what needs them is not checked, and
     that is said. No weights are loaded; of the base only its description and tokenizer are read.
+    held: where the pictures of tables and shards are kept in the cache until it is closed, for who
+    goes on to draw them in a contact sheet; None: until this returns.
 
     Raises UserError where there is nothing to look at: what is wrong with pictures is a finding.
     """
@@ -136,19 +143,38 @@ def inspect(
     options = {key: value for key, value in given.items() if value is not None}
     path = Path(target)
     reporter = reporter or Silent()
-    if path.suffix.lower() in _RECIPES:
-        # In quotes, since they are values: "true" and "12" are words as good as others.
-        own = [f"data.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in options.items()]
-        return _of_recipe(path, [*overrides, *own], reporter)
-    if not path.exists() and "*" not in path.name:
-        raise UserError(f"{target}: there is no such recipe or folder of pictures")
-    return _of_folder(str(target), overrides, options, reporter)
+    if not is_utf8(str(target)):
+        raise UserError(f"{escaped(str(target))}: {NOT_UTF8}")
+    cache = Cache(say=reporter.note)
+    with contextlib.ExitStack() as until_here:
+        keep = partial(_keep, cache, until_here if held is None else held)
+        if path.suffix.lower() in _RECIPES:
+            # In quotes, since they are values: "true" and "12" are words as good as others.
+            own = [f"data.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in options.items()]
+            return _of_recipe(path, [*overrides, *own], reporter, keep)
+        if not path.exists() and "*" not in path.name:
+            raise UserError(f"{target}: there is no such recipe or folder of pictures")
+        return _of_folder(str(target), overrides, options, reporter, keep)
 
 
-def _of_recipe(path: Path, overrides: Sequence[str], reporter: Reporter) -> Inspection:
+def _keep(cache: Cache, held: contextlib.ExitStack, data: schema.Data) -> Cache:
+    """Hold the cache, where pictures of `data` are kept in it: of folders none are."""
+    from tunekit.schema_source import Pictures
+
+    more = (data.holdout, data.prior.source if data.prior else None)
+    if streamed([*data.sources, *(Pictures(path=path) for path in more if path)]):
+        held.enter_context(cache.using())
+    return cache
+
+
+def _of_recipe(
+    path: Path, overrides: Sequence[str], reporter: Reporter, keep: Callable[[schema.Data], Cache]
+) -> Inspection:
     recipe = load_recipe(path, overrides)
+    cache = keep(recipe.data)
     base, said = _describe(recipe)
-    seen = look(recipe.data, recipe.train, base, reporter, [t.name for t in recipe.tokens])
+    words = [token.name for token in recipe.tokens]
+    seen = look(recipe.data, recipe.train, base, reporter, words, cache)
     findings = by_severity([*said, *seen.findings])
     return Inspection(seen.training, seen.held_out, seen.plan, findings, seen.prior)
 
@@ -176,7 +202,11 @@ class _Folder(schema.Section):
 
 
 def _of_folder(
-    folder: str, overrides: Sequence[str], options: dict[str, Any], reporter: Reporter
+    folder: str,
+    overrides: Sequence[str],
+    options: dict[str, Any],
+    reporter: Reporter,
+    keep: Callable[[schema.Data], Cache],
 ) -> Inspection:
     words = [key for key in _UNGIVEN if not _given(key, options, overrides)]
     source = from_mapping({"data": {"source": folder, **_UNGIVEN, **options}}, name=folder)
@@ -194,8 +224,9 @@ def _of_folder(
     unknown = {"trigger": checks.UNKNOWN_TRIGGER, "class_noun": checks.UNKNOWN_CLASS}
     fields = {"trigger": "trigger", "class": "class_noun"}
     data = data.model_copy(update={fields[key]: unknown[fields[key]] for key in words})
+    size, cache = None if data.resolutions else RESOLUTION, keep(data)
     with counting(reporter, "looking") as progress:
-        sheet = examine(data, None if data.resolutions else RESOLUTION, progress=progress)
+        sheet = examine(data, size, progress=progress, cache=cache)
     return Inspection(sheet, None, None, by_severity([*sheet.findings, *_assumed(data, words)]))
 
 

@@ -158,7 +158,8 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
         base.add_words(recipe.tokens, data.class_noun)
     cache = cache or Cache(say=reporter.note)
     with cache.using():
-        seen = sheets.look(data, recipe.train, base, reporter, [t.name for t in recipe.tokens])
+        words = [token.name for token in recipe.tokens]
+        seen = sheets.look(data, recipe.train, base, reporter, words, cache)
         seen.check()
         _check_judges(recipe)
         family = families.load(recipe.base, device)

@@ -18,6 +18,7 @@ from tunekit.data.source import fault_line
 from tunekit.prior import section
 
 if TYPE_CHECKING:
+    from tunekit.data.cache import Cache
     from tunekit.families import Description
     from tunekit.progress import Reporter
     from tunekit.schema import Data, Train
@@ -74,30 +75,40 @@ def look(
     base: Description | None,
     reporter: Reporter,
     tokens: Sequence[str] = (),
+    cache: Cache | None = None,
 ) -> Sheets:
     """Look at all pictures that `data` names, each decoded once.
 
     base: what they are looked at for; None where it is not known. tokens: new words, which the
-    captions say. Raises UserError where a source cannot be looked at at all: what is wrong with
-    pictures is a finding.
+    captions say. cache: keeps pictures of tables and shards. Raises UserError where a source
+    cannot be looked at at all: what is wrong with pictures is a finding.
     """
     size = None if data.resolutions else (base.default_resolution if base else RESOLUTION)
     multiple = base.size_multiple if base else MULTIPLE
     words = base.cut_words if base else None
     with counting(reporter, "looking") as progress:
-        sheet = examine(data, size, multiple=multiple, cut_words=words, progress=progress)
+        sheet = examine(
+            data, size, multiple=multiple, cut_words=words, progress=progress, cache=cache
+        )
     findings = [*sheet.findings, *_unsaid(sheet, tokens)]
     held_out = prior = None
     if data.holdout is not None:
         with counting(reporter, "held out") as progress:
             held_out = examine(
-                data, sheet.resolution, multiple=multiple, folder=data.holdout, progress=progress
+                data,
+                sheet.resolution,
+                multiple=multiple,
+                folder=data.holdout,
+                progress=progress,
+                cache=cache,
             )
         findings += _apart(held_out, "held-out", "held out")
         findings += _shared(sheet, held_out)
     if data.prior is not None and data.prior.source is not None:
         with counting(reporter, "class") as progress:
-            prior = examine(section(data), sheet.resolution, multiple=multiple, progress=progress)
+            prior = examine(
+                section(data), sheet.resolution, multiple=multiple, progress=progress, cache=cache
+            )
         findings += _apart(prior, "prior", f"of the class, in {data.prior.source}")
     findings += _kept(data, sheet, prior)
     plan = _plan(sheet, train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tunekit.captioners import ranking
 from tunekit.captioners.base import Said
 from tunekit.captioning import Captioned, caption
+from tunekit.cli import main
 from tunekit.data.records import DataError
 from tunekit.errors import UserError
 from tunekit.schema_source import Pictures
@@ -83,7 +85,8 @@ def test_every_picture_gets_a_caption_that_training_reads(folder: Path, ask: Ask
     assert tuple(made.captions) == NAMES
     assert not made.kept
     assert sorted(files(folder)) == sorted([*NAMES, "metadata.jsonl"])
-    assert "read them before you train" in "\n".join(made.lines())
+    assert made.lines() == [f"{name}: {text}" for name, text in made.captions.items()]
+    assert made.told() == [f"{made.out}: 3 pictures captioned; read them before you train"]
     assert json.loads(json.dumps(made.as_dict()))["captions"] == made.captions
 
 
@@ -92,7 +95,7 @@ def test_captions_that_are_there_stay_unless_told_and_are_named(folder: Path, as
     (folder / "metadata.jsonl").write_text(json.dumps(own) + "\n")
     made = ask(folder)
     assert made.kept == ("a.png",)
-    assert "a.png); --overwrite" in "\n".join(made.lines())
+    assert "a.png); --overwrite" in "\n".join(made.told())
     assert rows(folder / "metadata.jsonl")["a.png"] == own
     assert len(captions_of(folder)) == 3
     before = files(folder)
@@ -242,6 +245,90 @@ def test_faults_of_the_folder_are_told_and_nothing_is_written(folder: Path, ask:
         ask(folder / "nowhere")
 
 
+@pytest.mark.parametrize("text", [{"text": " "}, {"text": None}, {"text": [], "text_2": ""}, {}])
+def test_a_line_without_a_caption_gets_one_and_keeps_the_rest(
+    folder: Path, ask: Ask, text: dict[str, Any]
+) -> None:
+    lines = [{"file_name": "b c.png", "text": "my own"}, {"file_name": "a.png", "weight": 2} | text]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = ask(folder)
+    assert set(made.captions) == {"a.png", "sub/ü.png"}
+    assert made.kept == ("b c.png",)
+    assert captions_of(folder)["a.png"] == (made.captions["a.png"],)
+    assert rows(folder / "metadata.jsonl")["a.png"]["weight"] == 2
+
+
+def test_an_empty_text_file_is_filled(folder: Path, ask: Ask) -> None:
+    (folder / "a.txt").write_text("\n")
+    made = ask(folder)
+    assert (folder / "a.txt").read_text() == made.captions["a.png"] + "\n"
+    assert set(captions_of(folder)) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"file_name": "a.png", "prompt": "my own"}, '"prompt" should be called that'),
+        ({"file_name": "a.png", "text": ["my own", ""]}, "the caption is empty"),
+        ({"file_name": "a.png", "text": 3}, '"text" is 3 and not text'),
+    ],
+)
+def test_a_line_with_a_wrong_caption_is_still_a_fault(
+    folder: Path, ask: Ask, line: dict[str, Any], says: str
+) -> None:
+    (folder / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    before = files(folder)
+    with pytest.raises(DataError) as caught:
+        ask(folder)
+    assert says in str(caught.value)
+    assert files(folder) == before
+
+
+def test_captions_go_to_stdout_and_remarks_to_stderr(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.txt").write_text("my own")
+    monkeypatch.setattr("sys.argv", ["tunekit", "caption", str(folder)])
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr()
+    assert [line.split(":")[0] for line in shown.out.splitlines()] == ["b c.png", "sub/ü.png"]
+    assert "2 pictures captioned; read them before you train" in shown.err
+    assert "1 picture had captions, which stay (a.png)" in shown.err
+
+
+def test_what_can_only_be_a_path_is_not_asked_for_on_the_hub(
+    folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(UserError, match=r"pictures/gone: there is no such folder of pictures$"):
+        ask(f"{folder.name}/gone")
+    with pytest.raises(UserError, match=r"p\\xff: the name is not UTF-8"):
+        ask("p\udcff")
+
+
+def test_pictures_of_a_table_cannot_be_cleared_while_they_are_captioned(
+    folder: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunekit.data.cache import Cache
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(folder / "a.png", "a.png")
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    real, refused = ranking.Ranking.describe, []
+
+    def prune_too(self: Any, image: Any) -> Said:
+        with pytest.raises(UserError, match="in use"):
+            Cache().prune(max_bytes=0)
+        refused.append(True)
+        return real(self, image)
+
+    monkeypatch.setattr(ranking.Ranking, "describe", prune_too)
+    made = ask(tmp_path / "a.tar", out=tmp_path / "laid" / "metadata.jsonl")
+    assert len(made.captions) == len(refused) == 1
+    Cache().prune(max_bytes=0)
+
+
 def test_a_table_of_captions_is_not_written_over(folder: Path, ask: Ask) -> None:
     (folder / "metadata.csv").write_text('file_name,text\na.png,x\n"b c.png",y\nsub/ü.png,z\n')
     with pytest.raises(UserError, match=r"only \.jsonl is written"):
@@ -277,7 +364,7 @@ def test_silence_and_remarks_are_told(
     made = ask(folder)
     assert made.silent == ("a.png",)
     assert made.remarks == {"cut off": ("b c.png",)}
-    lines = "\n".join(made.lines())
+    lines = "\n".join(made.told())
     assert "nothing was said" in lines
     assert "1 picture with captions cut off: b c.png" in lines
     # What was not said can be asked for again.

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tunekit.data.listing import METADATA, decode_text
-from tunekit.data.metadata import caption_column, json_object, more_captions
+from tunekit.data.metadata import caption_column, captions_of, is_blank, json_object, more_captions
 from tunekit.data.records import Record
 from tunekit.errors import UserError
 from tunekit.wholefile import write_whole
@@ -85,7 +85,7 @@ def find(source: Path, records: Sequence[Record], out: Path | None) -> Place:
         return _beside_copies(source, records, out)
     files = {record.name: record for record in records}
     own = {r.name: r for r in records if r.captions and not r.origin.startswith("folder ")}
-    sidecars = any(_IN_SIDECAR.fullmatch(r.origin) for r in own.values())
+    sidecars = any(_IN_SIDECAR.fullmatch(r.origin) for r in records)  # an empty one as well
     metadata, table = (source / name for name in METADATA)
     if out is not None and out.resolve() != metadata.resolve():
         return _read(Place(out, files))
@@ -105,7 +105,7 @@ def find(source: Path, records: Sequence[Record], out: Path | None) -> Place:
     place = Place(metadata, files, had=had)
     if metadata.exists():
         place.lines = _text(metadata).split("\n")
-        matches = {name: _IN_METADATA.fullmatch(r.origin) for name, r in own.items()}
+        matches = {name: _IN_METADATA.fullmatch(r.origin) for name, r in files.items()}
         place.numbers = {name: int(match[1]) - 1 for name, match in matches.items() if match}
     return place
 
@@ -142,16 +142,14 @@ def _read(place: Place) -> Place:
             continue
         try:
             row = json_object(line)
-            texts = row.get("text")
-            texts = texts if isinstance(texts, list) else [texts]
-            if not isinstance(row.get("file_name"), str) or not all(
-                isinstance(text, str) for text in texts
-            ):
-                raise UserError('"file_name" and "text" are needed')
+            if not isinstance(row.get("file_name"), str):
+                raise UserError('"file_name" is needed')
+            texts = () if is_blank(row, "text") else captions_of(row, "text")
         except UserError as error:
             raise UserError(f"{place.out}:{number + 1}: {error}") from None
         place.numbers[row["file_name"]] = number
-        place.had[row["file_name"]] = tuple(texts)
+        if texts:
+            place.had[row["file_name"]] = texts
     return place
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tunekit.data.buckets import Fit
+    from tunekit.data.cache import Cache
     from tunekit.schema_data import Data
 
 __all__ = ["DataError", "DataSheet", "Example", "Finding", "examine", "preflight"]
@@ -189,6 +190,7 @@ def examine(
     folder: str | None = None,
     cut_words: Callable[[str], str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: Cache | None = None,
 ) -> DataSheet:
     """Read and check `data`'s sources, or the held-out pictures in `folder`; errors are findings.
 
@@ -196,7 +198,7 @@ def examine(
     nothing is said about enlarging and cutting. multiple: what edges must be multiples of, pixels.
     cut_words: a caption -> the end of it that the text encoder never reads, "" where it reads all;
     asked here because conditioning found in the cache was cut long ago, and nobody would say so.
-    progress: told (pictures done, in all).
+    progress: told (pictures done, in all). cache: keeps the pictures of tables and shards.
     Pictures in `folder` are only looked at: they need no masks and may be enlarged.
     """
     from tunekit.schema_source import Pictures
@@ -206,7 +208,8 @@ def examine(
     if folder is not None:
         sources = (Pictures(path=folder),)
         data = data.model_copy(update={"mask": None, "upscale": True})
-    read = source.read(sources, mask=data.mask is not None and data.mask.source == "files")
+    masked = data.mask is not None and data.mask.source == "files"
+    read = source.read(sources, mask=masked, cache=cache)
     found, remarks = list(read.findings), dict[str, list[str]]()
     if folder is not None:
         found = [_unneeded(f) if f.code == "mask-unused" else f for f in found]
@@ -247,6 +250,7 @@ def preflight(
     folder: str | None = None,
     cut_words: Callable[[str], str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: Cache | None = None,
 ) -> DataSheet:
     """Do what `examine` does. Raises DataError with every fault of every file, if there is one."""
     return examine(
@@ -256,6 +260,7 @@ def preflight(
         folder=folder,
         cut_words=cut_words,
         progress=progress,
+        cache=cache,
     ).check()
 
 
