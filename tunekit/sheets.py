@@ -27,7 +27,7 @@ RESOLUTION = 512
 """Pixels, where neither the recipe nor a base says how large pictures will be."""
 MULTIPLE = 8
 # What there is to know of pictures whose words and looks are not what is taught.
-_APART = ("enlarged", "cut", "much-cut", "smaller", "duplicate", "near-duplicate", "blank")
+_APART = ("enlarged", "cut", "much-cut", "smaller-bucket", "duplicate", "near-duplicate", "blank")
 
 
 @dataclass(frozen=True)
