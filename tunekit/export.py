@@ -7,18 +7,19 @@ model does. One that fails is kept beside it as ``*.rejected``, so that nobody t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunekit import families, modelcard
+from tunekit import embeddings, families, modelcard
 from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.data.captions import expand, fill
 from tunekit.errors import UserError
 from tunekit.loading import VerificationError, read_by_diffusers
+from tunekit.schema_tokens import file_word
+from tunekit.tokens import adapter_of, words_of
 from tunekit.verification import Parity, compare, make_probe, measure
-from tunekit.wholefile import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 CARD = "README.md"
 _PENDING = ".unverified"
 _REJECTED = ".rejected"
+WORDS, BUNDLE = "words", "bundle"
+BUNDLED_IN = "kohya"
+"""The layout of the adapter in a bundle: that of the clients which read bundles."""
 
 
 class ExportError(UserError):
@@ -38,10 +42,11 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A verified adapter file.
+    """A verified adapter file, or one of new words.
 
-    parity: what verification measured on it. diffusers: whether diffusers' own loader reads it;
-    where not, `tunekit.load` does.
+    layout: the client's of an adapter, WORDS of a new word, BUNDLE of both in one file. parity:
+    what verification measured on it. diffusers: whether diffusers' own loader reads it; where not,
+    `tunekit.load` does.
     """
 
     path: Path
@@ -52,6 +57,20 @@ class ExportedFile:
     sha256: str
     parity: Parity
     diffusers: bool
+    word: str | None = None
+
+    @property
+    def what(self) -> str:
+        """What it is, in words."""
+        if self.word is not None:
+            return f"the word `{self.word}`"
+        return "adapter and words in one" if self.layout == BUNDLE else f"{self.layout} layout"
+
+
+def needed(files: Sequence[ExportedFile]) -> list[Path]:
+    """Return the files that together hold all that was taught: the first adapter, and all words."""
+    first = [file for file in files if file.layout not in (WORDS, BUNDLE)][:1]
+    return [file.path for file in (*first, *(file for file in files if file.layout == WORDS))]
 
 
 def export_adapter(
@@ -65,43 +84,133 @@ def export_adapter(
 ) -> list[ExportedFile]:
     """Write what `adapter` learned in every layout of `recipe.export`, verified, and a model card.
 
-    family: the base with `adapter` still attached; it draws and trains on as before. pictures: how
-    many taught it, for the metadata. scores: printed in the card (see `write_card`).
+    family: the base with `adapter` still attached; it draws and trains on as before. New words get
+    a file each, and where there is an adapter in kohya's naming beside them, a bundle as well.
+    pictures: how many taught it, for the metadata. scores: printed in the card (see `write_card`).
 
-    Raises ExportError where a file fails its verification, and UserError where a layout cannot
-    carry the adapter or the disk refuses. Files of an earlier export keep their names until theirs
-    are replaced by verified ones.
+    Raises ExportError where a file fails its verification or a new word's vector never moved, and
+    UserError where a layout cannot carry the adapter or the disk refuses. Files of an earlier
+    export keep their names until theirs are replaced by verified ones.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     resolution = (*recipe.data.resolutions, family.default_resolution)[0]
-    done = []
-    for layout in recipe.adapter.layouts(recipe.export.layouts):
-        tensors, described = adapter.export_state(layout)
-        path = out_dir / f"{recipe.name}-{layout}.safetensors"
-        cast = cast_tensors(tensors, recipe.export.dtype, path.name)
-        metadata = modelcard.file_metadata(
-            recipe, family.facts(), described, resolution, count=pictures
-        )
-        parity = _write_verified(path, cast, metadata, recipe, (family, adapter))
-        done.append(
-            ExportedFile(
-                path=path,
-                layout=layout,
-                dtype=recipe.export.dtype,
-                tensors=len(cast),
-                bytes=path.stat().st_size,
-                sha256=sha256(path),
-                parity=parity,
-                diffusers=read_by_diffusers(cast),
-            )
-        )
+    work = _Work(family, adapter, recipe, out_dir, resolution, pictures)
+    words = work.words()
+    done = [*work.adapters([file.path for file in words]), *words]
+    if words and any(file.layout == BUNDLED_IN for file in done):
+        done.append(work.bundle())
     write_card(recipe, done, resolution, scores)
     return done
 
 
+@dataclass(frozen=True)
+class _Work:
+    """One export."""
+
+    family: Family
+    adapter: Adapter
+    recipe: Recipe
+    folder: Path
+    resolution: int
+    pictures: int | None
+
+    def words(self) -> list[ExportedFile]:
+        """Write and verify a file for each new word; the adapter rests meanwhile."""
+        words, beside = words_of(self.adapter), adapter_of(self.adapter)
+        if words is None:
+            return []
+        if still := words.unmoved():
+            raise ExportError(
+                f"{', '.join(still[:4])}{' and more' if len(still) > 4 else ''}: never moved, so "
+                "nothing was learned there: is the word in captions that the text encoder reads to "
+                "the end, and the learning rate above 0?"
+            )
+        planned = {}
+        for word, rows in words.vectors().items():
+            path = self._path(file_word(word))
+            tensors = cast_tensors(embeddings.single(word, rows), "fp32", path.name)
+            planned[path] = tensors, self._metadata(words.facts(), method="/textual-inversion")
+        if beside is not None:
+            beside.set_scale(0.0)
+        try:
+            parity = _write_verified(planned, lambda paths: self._verify(paths, words, "fp32"))
+        finally:
+            if beside is not None:
+                beside.set_scale(1.0)
+        return [
+            self._done(path, WORDS, "fp32", planned[path][0], parity, word)
+            for path, word in zip(planned, words.vectors(), strict=True)
+        ]
+
+    def adapters(self, words: Sequence[Path]) -> list[ExportedFile]:
+        """Write and verify the adapter in each layout, with the files of new words beside it."""
+        adapter, recipe = adapter_of(self.adapter), self.recipe
+        if adapter is None or recipe.adapter is None:
+            return []
+        done, dtype = [], recipe.export.dtype
+        for layout in recipe.adapter.layouts(recipe.export.layouts):
+            tensors, described = adapter.export_state(layout)
+            path = self._path(layout)
+            cast = cast_tensors(tensors, dtype, path.name)
+            parity = _write_verified(
+                {path: (cast, self._metadata(described))},
+                lambda paths: self._verify([*words, *paths], self.adapter, dtype),
+            )
+            done.append(self._done(path, layout, dtype, cast, parity))
+        return done
+
+    def bundle(self) -> ExportedFile:
+        """Write and verify adapter and new words in one file."""
+        tensors, described = self.adapter.export_state(BUNDLED_IN)
+        path, dtype = self._path(BUNDLE), self.recipe.export.dtype
+        cast = cast_tensors(tensors, dtype, path.name)
+        parity = _write_verified(
+            {path: (cast, self._metadata(described))},
+            lambda paths: self._verify(paths, self.adapter, dtype),
+        )
+        return self._done(path, BUNDLE, dtype, cast, parity)
+
+    def _path(self, ending: str) -> Path:
+        return self.folder / f"{self.recipe.name}-{ending}.safetensors"
+
+    def _metadata(self, described: Mapping[str, str], **method: str) -> dict[str, str]:
+        return modelcard.file_metadata(
+            self.recipe,
+            self.family.facts(),
+            described,
+            self.resolution,
+            count=self.pictures,
+            **method,
+        )
+
+    def _verify(self, paths: Sequence[Path], adapter: Adapter, dtype: str) -> Parity:
+        return verify(paths, self.recipe, self.family, adapter, dtype)
+
+    def _done(
+        self,
+        path: Path,
+        layout: str,
+        dtype: str,
+        tensors: Mapping[str, Tensor],
+        parity: Parity,
+        word: str | None = None,
+    ) -> ExportedFile:
+        return ExportedFile(
+            path=path,
+            layout=layout,
+            dtype=dtype,
+            tensors=len(tensors),
+            bytes=path.stat().st_size,
+            sha256=sha256(path),
+            parity=parity,
+            diffusers=layout != BUNDLE and read_by_diffusers(tensors),
+            word=word,
+        )
+
+
 def write_card(
     recipe: Recipe,
-    files: list[ExportedFile],
+    files: Sequence[ExportedFile],
     resolution: int,
     scores: Mapping[str, str] | None = None,
 ) -> Path:
@@ -109,10 +218,19 @@ def write_card(
 
     resolution: edge of the pictures in pixels. scores: names and values to print, once known.
     """
-    described = [(f.path.name, f"{f.layout} layout, {f.dtype}, verified") for f in files]
+    described = [(f.path.name, f"{f.what}, {f.dtype}, verified") for f in files]
+    words = [(f.word, f.path.name) for f in files if f.word is not None]
     path = files[0].path.parent / CARD
-    card = modelcard.model_card(recipe, described, resolution, scores, files[0].diffusers)
-    write_whole(path, card)
+    partial = path.with_name(f".{CARD}.partial")
+    card = modelcard.model_card(
+        recipe, described, resolution, scores, files[0].diffusers, words=words
+    )
+    try:
+        partial.write_text(card, "utf-8")
+        partial.replace(path)
+    except OSError as fault:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {fault.strerror}") from fault
     return path
 
 
@@ -133,7 +251,8 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: str, name: str) -> dict[s
             )
         # Numbers that stand for the strength of many others, and a magnitude, of which a small part
         # was learned: both are few, and rounding them would move a whole module.
-        whole = key.endswith(".alpha") or "magnitude_vector" in key
+        # The vectors of a word are few as well, and A1111 and ComfyUI read them in any format.
+        whole = key.endswith(".alpha") or "magnitude_vector" in key or key.startswith("bundle_emb.")
         cast[key] = tensor.to(torch.float32 if whole else kind)
         if not bool(cast[key].isfinite().all()):
             raise ExportError(
@@ -144,26 +263,32 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: str, name: str) -> dict[s
 
 
 def _write_verified(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    recipe: Recipe,
-    trained: tuple[Family, Adapter],
+    planned: Mapping[Path, tuple[Mapping[str, Tensor], Mapping[str, str]]],
+    check: Callable[[list[Path]], Parity],
 ) -> Parity:
-    pending = path.with_name(f"{path.stem}{_PENDING}{path.suffix}")
-    write_safetensors(pending, tensors, metadata)
+    """Write files of (tensors, metadata) that `check` verifies together before they have names."""
+    pending = {path: path.with_name(f"{path.stem}{_PENDING}{path.suffix}") for path in planned}
     try:
-        _read_back(pending, tensors, metadata)
-        parity = verify(pending, recipe, *trained)
+        for path, (tensors, metadata) in planned.items():
+            write_safetensors(pending[path], tensors, metadata)
+            _read_back(pending[path], tensors, metadata)
+        parity = check(list(pending.values()))
     except VerificationError as fault:
-        rejected = path.with_name(f"{path.name}{_REJECTED}")
-        pending.replace(rejected)
-        raise ExportError(f"{path}: {fault}; the file is kept as {rejected.name}") from fault
+        kept = []
+        for path, written in pending.items():
+            rejected = path.with_name(f"{path.name}{_REJECTED}")
+            if written.exists():
+                written.replace(rejected)
+                kept.append(rejected.name)
+        what = "the file is" if len(kept) == 1 else "the files are"
+        raise ExportError(f"{path}: {fault}; {what} kept as {', '.join(kept)}") from fault
     except BaseException:
-        pending.unlink(missing_ok=True)
+        for written in pending.values():
+            written.unlink(missing_ok=True)
         raise
-    pending.replace(path)
-    path.with_name(f"{path.name}{_REJECTED}").unlink(missing_ok=True)
+    for path, written in pending.items():
+        written.replace(path)
+        path.with_name(f"{path.name}{_REJECTED}").unlink(missing_ok=True)
     return parity
 
 
@@ -177,17 +302,27 @@ def _read_back(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             raise VerificationError("read back", f"{key} differs from what was written")
 
 
-def verify(path: Path, recipe: Recipe, trained: Family, adapter: Adapter) -> Parity:
-    """Load the file at `path` into a fresh base, as `tunekit.loading` does, and compare.
+def verify(
+    paths: Path | Sequence[Path],
+    recipe: Recipe,
+    trained: Family,
+    adapter: Adapter,
+    dtype: str | None = None,
+) -> Parity:
+    """Load the files at `paths` into a fresh base, as `tunekit.loading` does, and compare.
 
-    trained: the recipe's base with the trained `adapter` attached. Raises VerificationError, naming
-    the first check that fails: every tensor of the file taken up, every module's weights changed as
-    trained, the prediction equal within the formats' precision, and different from the base's.
+    trained: the recipe's base with the trained `adapter` attached. dtype: number format of the
+    file; None: the recipe's. Raises VerificationError, naming the first check that fails: every
+    tensor of the file taken up, every module's weights changed as trained, the prediction equal
+    within the formats' precision, and different from the base's.
     """
     fresh = families.load(recipe.base, trained.device)
     probe = make_probe(fresh, _probe_prompts(recipe), recipe.train.seed)
-    reference = measure(trained, adapter, probe)
-    return compare(path, fresh, probe, reference, recipe.export.dtype, recipe.base.dtype)
+    reference = measure(trained, adapter, probe, new_words=words_of(adapter) is not None)
+    together = [paths] if isinstance(paths, Path) else list(paths)
+    return compare(
+        together, fresh, probe, reference, dtype or recipe.export.dtype, recipe.base.dtype
+    )
 
 
 def sha256(path: Path) -> str:

@@ -179,15 +179,12 @@ def _resolve(request: Request) -> tuple[_Known, list[AdapterSource]]:
     if request.run is not None:
         run = RunFolder.open(request.run)
         known = _of_run(run)
-        own = run.checkpoint(request.checkpoint) if request.checkpoint else run.exported()
-        adapters.insert(0, own)
+        own = [run.checkpoint(request.checkpoint)] if request.checkpoint else run.exported()
+        adapters[:0] = own
     elif request.checkpoint is not None:
         raise UserError(f"checkpoint: {request.checkpoint} is looked for in a run; name it (--run)")
-    elif len(adapters) == 1:
-        path = Path(adapters[0][0] if isinstance(adapters[0], tuple) else adapters[0])
-        known = _said_by(path)
     else:
-        known = _Known()
+        known = _said_by_all([Path(a[0] if isinstance(a, tuple) else a) for a in adapters])
     if request.base is not None:
         known = replace(known, base=Base(model=request.base))
     return known, adapters
@@ -204,6 +201,15 @@ def _base(known: _Known) -> Base:
 
 def _of_run(run: RunFolder) -> _Known:
     return _Known(run.recipe.base, run.recipe.data, run.recipe.evaluate, run.recipe.name)
+
+
+def _said_by_all(paths: Sequence[Path]) -> _Known:
+    """Return what files of one training say, such as an adapter and its words; else nothing."""
+    if not paths or (len(paths) > 1 and not all(path.is_file() for path in paths)):
+        return _Known()
+    first, *others = map(_said_by, paths)
+    same = all(replace(other, name=first.name) == first for other in others)
+    return first if same else _Known()
 
 
 def _said_by(path: Path) -> _Known:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tunekit
-from tunekit import adapters as adapter_kinds
-from tunekit import checkpoint, families
+from tunekit import checkpoint, embeddings, families, tokens
 from tunekit.data.captions import fill
 from tunekit.errors import UserError
 from tunekit.export import sha256
@@ -26,6 +25,7 @@ from tunekit.modelcard import portable
 from tunekit.pictures import grid, read_settings, save_png
 from tunekit.runfolder import RECIPE, RunFolder
 from tunekit.schema import BUNDLED, Base
+from tunekit.schema_tokens import RANDOM
 
 if TYPE_CHECKING:
     import torch
@@ -178,8 +178,8 @@ class Painter:
             pipeline.set_progress_bar_config(disable=True)
             try:
                 pixels = pipeline(
-                    prompt,
-                    negative_prompt=settings.negative_prompt,
+                    family.spell(prompt),
+                    negative_prompt=family.spell(settings.negative_prompt),
                     num_inference_steps=settings.steps,
                     guidance_scale=settings.guidance_scale,
                     width=width,
@@ -277,18 +277,13 @@ def load(
 
     Raises UserError for what is not there, not safe to read, or does not fit the base.
     """
-    pairs = [_pair(source) for source in sources(adapters)]
-    states = [path for path, _ in pairs if is_checkpoint(path)]
-    if len(states) > 1:
-        raise UserError(
-            f"{states[1]}: only one checkpoint can be drawn with at a time; combine exported files"
-        )
+    pairs = [pair for source in sources(adapters) for pair in _pairs(source)]
+    _refuse_together([path for path, _ in pairs])
     section = base if isinstance(base, Base) else Base(model=base)
     family = families.load(section, device if device is not None else default_device())
     if not pairs:
         return Painter(family)
-    # The checkpoint first: it looks for the base's own modules, which files' layers would hide.
-    pairs.sort(key=lambda pair: not is_checkpoint(pair[0]))
+    pairs.sort(key=lambda pair: _turn(pair[0]))
     setters = [_put(family, number, *pair) for number, pair in enumerate(pairs)]
     for component in (family.denoiser, *family.text_encoders.values()):
         component.requires_grad_(False)
@@ -312,7 +307,7 @@ def sources(adapters: AdapterSource | Iterable[AdapterSource]) -> list[AdapterSo
     return list(adapters)
 
 
-def _pair(source: AdapterSource) -> tuple[Path, float]:
+def _pairs(source: AdapterSource) -> list[tuple[Path, float]]:
     path, weight = source if isinstance(source, tuple) else (source, 1.0)
     if not math.isfinite(weight):
         raise UserError(f"{path}: the weight {weight} is not a number")
@@ -320,10 +315,36 @@ def _pair(source: AdapterSource) -> tuple[Path, float]:
     if not found.exists():
         raise UserError(f"{path}: there is no such file")
     if found.is_dir() and not is_checkpoint(found):
-        return RunFolder.open(found).exported(), weight
+        return [(exported, weight) for exported in RunFolder.open(found).exported()]
     if found.is_file() and is_checkpoint(found.parent):
-        return found.parent, weight
-    return found, weight
+        return [(found.parent, weight)]
+    return [(found, weight)]
+
+
+def _turn(path: Path) -> int:
+    """Return when a file or checkpoint is loaded, the lowest first.
+
+    New words first: diffusers makes the vocabulary larger, which a checkpoint puts its own beside.
+    Then the checkpoint: it looks for the base's own modules, which files' layers would hide.
+    """
+    if is_checkpoint(path):
+        return 1
+    return 0 if embeddings.contents(path)[0] else 2
+
+
+def _refuse_together(paths: Sequence[Path]) -> None:
+    """Raise UserError for what cannot be loaded into one base."""
+    states = [path for path in paths if is_checkpoint(path)]
+    if len(states) > 1:
+        raise UserError(
+            f"{states[1]}: only one checkpoint can be drawn with at a time; combine exported files"
+        )
+    for path in paths if states else ():
+        if not is_checkpoint(path) and embeddings.contents(path) == (True, True):
+            raise UserError(
+                f"{path}: is a bundle, which cannot be drawn with beside a checkpoint: give the "
+                "files of its words and its adapter"
+            )
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -338,9 +359,13 @@ def _put(family: Family, number: int, path: Path, weight: float) -> Callable[[fl
         state = checkpoint.read(path).tensors.get(_STATE)
         if state is None:
             raise UserError(f"{path}: holds no {_STATE}.safetensors")
-        adapter = adapter_kinds.get(recipe.adapter.kind).attach(
-            family, recipe.adapter, recipe.train.seed
-        )
+        # Where a word started is in the checkpoint; a file that it started at may be gone.
+        words = [
+            token.model_copy(update={"init": RANDOM}) if token.init_file else token
+            for token in recipe.tokens
+        ]
+        noun, seed = recipe.data.class_noun, recipe.train.seed
+        adapter = tokens.attach(family, recipe.adapter, words, noun, seed)
         adapter.load_state(state)
         return lambda scale: adapter.set_scale(scale * weight)
     name = f"tunekit_file_{number}"

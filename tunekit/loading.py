@@ -6,15 +6,14 @@ change of each weight is reckoned from the file's factors once, and added to the
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunekit import embeddings
 from tunekit.changes import deltas
 from tunekit.changes.layers import (
     AddedChange,
@@ -25,9 +24,13 @@ from tunekit.changes.layers import (
     weight_of,
 )
 from tunekit.checkpoint import read_safetensors
-from tunekit.errors import UserError
 from tunekit.factors import group
+from tunekit.loaded import Loaded as Loaded
+from tunekit.loaded import VerificationError as VerificationError
+from tunekit.loaded import combined as combined
+from tunekit.loaded import undisturbed as undisturbed
 from tunekit.schema import LAYOUTS
+from tunekit.wordfiles import load_words
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,73 +42,26 @@ _READ_BY_DIFFUSERS = frozenset({"down", "up", "alpha", "magnitude"})
 _PROBED = 1000.0  # fp16's smallest steps are below fp32's resolution beside an ordinary number
 
 
-class VerificationError(UserError):
-    """A check of an adapter file failed. `check` is its name, `said` what was found."""
-
-    def __init__(self, check: str, said: str) -> None:
-        super().__init__(f'verification failed at "{check}": {said}')
-        self.check, self.said = check, said
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A file at work in a family.
-
-    tensors: how many of its tensors were taken up, alphas not counted: all. changes: what gives
-    the present change of each weight, as `Adapter.changes`. rounding: how far, as a norm, the
-    change of a weight moves where every number of the file is off by this much. set_scale: draw
-    with this many times what the file holds; 0 is the untouched base.
-    """
-
-    tensors: int
-    changes: Mapping[str, Callable[[], Tensor]]
-    rounding: Callable[[str, float], float]
-    set_scale: Callable[[float], None]
-
-
-@contextlib.contextmanager
-def undisturbed(family: Family, *others: nn.Module) -> Iterator[None]:
-    """Compute as in inference and leave no trace: eval mode, no gradient, no autocast.
-
-    Whatever was in training mode is again afterwards. The libraries' warnings are held back
-    meanwhile: what they would say of an adapter or a prompt is checked here, or said by us.
-    `others`: modules besides denoiser and text encoders.
-    """
-    import torch
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    components = [family.denoiser, *family.text_encoders.values(), *others]
-    training = [m for component in components for m in component.modules() if m.training]
-    levels = [log.get_verbosity() for log in logs]
-    try:
-        for module in training:
-            module.training = False
-        for log in logs:
-            log.set_verbosity_error()
-        with torch.no_grad(), torch.autocast(family.device.type, enabled=False):
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-        for module in training:
-            module.training = True
-
-
 def load_file(family: Family, path: Path, name: str) -> Loaded:
     """Put the adapter file at `path` into `family`, under a name of its own.
 
     Raises VerificationError where it does not fit, a tensor was left over, or a place for one
     stayed empty; UserError where it is no safetensors file.
     """
-    tensors, _ = read_safetensors(path)  # checked here: diffusers would also read a pickle
-    grouped, unread = group(tensors)
-    if read_by_diffusers(tensors):
-        return _by_diffusers(family, path, name, tensors)
-    if unread:
-        raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
-    return _by_factors(family, grouped)
+    whole, metadata = read_safetensors(path)  # checked here: diffusers would also read a pickle
+    words, tensors = embeddings.split(path, whole, metadata)
+    found = [load_words(family, path, words, not tensors)] if words else []
+    if tensors or not found:
+        grouped, unread = group(tensors)
+        if read_by_diffusers(tensors):
+            # From the file, as people do it; of a bundle diffusers would refuse the words.
+            source = str(path) if not words else dict(tensors)
+            found.append(_by_diffusers(family, source, name, tensors))
+        elif unread:
+            raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
+        else:
+            found.append(_by_factors(family, grouped))
+    return combined(found)
 
 
 def read_by_diffusers(names: Mapping[str, Any]) -> bool:
@@ -130,14 +86,16 @@ def _components(family: Family) -> dict[str, nn.Module]:
     return {"denoiser": family.denoiser, **family.text_encoders}
 
 
-def _by_diffusers(family: Family, path: Path, name: str, tensors: Mapping[str, Tensor]) -> Loaded:
+def _by_diffusers(
+    family: Family, source: str | dict[str, Tensor], name: str, tensors: Mapping[str, Tensor]
+) -> Loaded:
     """Load by diffusers, which leaves out what it does not know and only logs what is missing."""
     with undisturbed(family), warnings.catch_warnings():
         # Several adapters on one base are what is asked for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         try:
             family.pipeline().load_lora_weights(
-                str(path), adapter_name=name, use_safetensors=True, local_files_only=True
+                source, adapter_name=name, use_safetensors=True, local_files_only=True
             )
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
             line = " ".join(str(fault).split())[:300]

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import tunekit
+from tunekit import hub
 from tunekit.data.captions import expand
 from tunekit.schema import BUNDLED
 
@@ -27,7 +28,6 @@ _SECRET_QUERY = re.compile(
 )
 _TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}")
 _SECRET_NAME = re.compile(r"(?i)token|secret|passw|api_?key|credential")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HIDDEN = "[removed]"
 
 
@@ -37,16 +37,18 @@ def file_metadata(
     described: Mapping[str, str],
     resolution: int,
     count: int | None = None,
+    method: str = "/lora",
 ) -> dict[str, str]:
     """Return an adapter file's metadata: strings, as safetensors wants them.
 
     facts: what the family says of the base. described: what the adapter says of its tensors.
     resolution: edge of the training pictures in pixels. count: how many pictures taught it.
+    method: what the specification puts behind the architecture; it has one word for every kind of
+    adapter.
     """
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     name, train = base_name(recipe), recipe.train
-    # The specification has one word for every kind that is added beside the weights.
-    architecture = f"{facts.get('modelspec.architecture', 'unknown')}/lora"
+    architecture = f"{facts.get('modelspec.architecture', 'unknown')}{method}"
     metadata = {
         **facts,
         **described,
@@ -97,7 +99,7 @@ def portable(model: str) -> str:
 
     A relative path of two names reads like a Hub id; what stands on this disk is a path.
     """
-    if _HUB_ID.fullmatch(model) and not Path(model).exists():
+    if hub.is_id(model) and not Path(model).exists():
         return model
     return _last_name(model)
 
@@ -140,22 +142,27 @@ def model_card(
     resolution: int,
     scores: Mapping[str, str] | None = None,
     diffusers: bool = True,
+    words: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the card (Markdown with Hugging Face's front matter) for an export folder.
 
     files: (file name, what it is) in order of recommendation. resolution: edge in pixels.
     scores: what to print in the table of scores, by its name; None where nothing was measured.
-    diffusers: whether diffusers' own loader reads the first file.
+    diffusers: whether diffusers' own loader reads the first file. words: new words, and the files
+    among `files` that hold them.
     """
     assert files
     base, data = base_name(recipe), recipe.data
     prompt = expand((), data)[0]
+    tags = ["text-to-image", "diffusers", "tunekit"]
+    tags += ["textual_inversion"] if words else []
+    tags += ["template:sd-lora"] if diffusers and recipe.adapter is not None else []
     front = [
         "---",
-        *([f"base_model: {json.dumps(base)}"] if _HUB_ID.fullmatch(base) else []),
+        *([f"base_model: {json.dumps(base)}"] if hub.is_id(base) else []),
         "library_name: diffusers",
         f"instance_prompt: {json.dumps(prompt, ensure_ascii=False)}",
-        f"tags: [text-to-image, diffusers, tunekit{', template:sd-lora' if diffusers else ''}]",
+        f"tags: [{', '.join(tags)}]",
         "---",
     ]
     what = "style" if recipe.evaluate.kind == "style" else "subject"
@@ -165,7 +172,7 @@ def model_card(
         f"Say `{data.trigger}` in a prompt to call it, as in `{prompt}`.",
         "\n".join(["| file | what it is |", "|---|---|", *(f"| `{f}` | {w} |" for f, w in files)]),
         "## Drawing with it",
-        _usage(recipe, files[0][0], prompt, resolution, diffusers),
+        _usage(recipe, files[0][0], prompt, resolution, diffusers, words),
         "## How it was made",
         _settings(recipe, resolution),
         "## How good it is",
@@ -175,26 +182,48 @@ def model_card(
     return without_secrets(text)
 
 
-def _usage(recipe: Recipe, file: str, prompt: str, resolution: int, diffusers: bool) -> str:
+def _usage(
+    recipe: Recipe,
+    file: str,
+    prompt: str,
+    resolution: int,
+    diffusers: bool,
+    words: Sequence[tuple[str, str]],
+) -> str:
     base = base_name(recipe)
     bundled = recipe.base.model == BUNDLED
-    where = json.dumps(base if bundled or _HUB_ID.fullmatch(base) else f"path/to/{base}")
+    where = json.dumps(base if bundled or hub.is_id(base) else f"path/to/{base}")
+    together = [name for _, name in words]
+    if recipe.adapter is not None:
+        together.insert(0, file)
     if diffusers:
-        code = _by_diffusers(recipe, base, where, file, prompt, resolution)
+        code = _by_diffusers(recipe, base, where, (file, words), prompt, resolution)
     else:
         said = json.dumps(prompt, ensure_ascii=False)
-        code = ["import tunekit", "", f"painter = tunekit.load({where}, {json.dumps(file)})"]
+        given = json.dumps(together[0] if len(together) == 1 else together)
+        code = ["import tunekit", "", f"painter = tunekit.load({where}, {given})"]
         code += [f"picture = painter.draw({said}, seed=1)"]
-    shell = f'tunekit generate --adapter {file} --prompt "{prompt}"'
+    given = " ".join(f"--adapter {name}" for name in together)
+    shell = f'tunekit generate {given} --prompt "{prompt}"'
     shown = "\n".join(["```python", *code, "```", "", "or", "", "```sh", shell, "```"])
-    if diffusers:
+    if words:
+        shown += (
+            "\n\nIn ComfyUI, A1111 and Forge a word's file belongs among the embeddings, and is "
+            "called by the file's name, which you may change."
+        )
+    if diffusers or recipe.adapter is None:
         return shown
     method = recipe.adapter.kind
     return f"{shown}\n\ndiffusers has no loader for {method}; ComfyUI reads the file as it is."
 
 
 def _by_diffusers(
-    recipe: Recipe, base: str, where: str, file: str, prompt: str, resolution: int
+    recipe: Recipe,
+    base: str,
+    where: str,
+    files: tuple[str, Sequence[tuple[str, str]]],
+    prompt: str,
+    resolution: int,
 ) -> list[str]:
     """Return the lines that draw with plain diffusers."""
     settings, bundled = recipe.evaluate, recipe.base.model == BUNDLED
@@ -204,13 +233,17 @@ def _by_diffusers(
     pipeline, load = "DiffusionPipeline", "from_pretrained"
     if base.endswith(".safetensors"):
         pipeline, load = "StableDiffusionPipeline", "from_single_file"
+    file, words = files
+    loaded = [f"pipe.load_textual_inversion({json.dumps(name)})" for _, name in words]
+    if recipe.adapter is not None:
+        loaded.insert(0, f'pipe.load_lora_weights(".", weight_name={json.dumps(file)})')
     imports = ["import torch", f"from diffusers import {pipeline}"]
     imports += ["import tunekit.toybox"] if bundled else []
     return [
         *imports,
         "",
         f"pipe = {pipeline}.{load}({where})",
-        f'pipe.load_lora_weights(".", weight_name={json.dumps(file)})',
+        *loaded,
         "picture = pipe(",
         f"    {json.dumps(prompt, ensure_ascii=False)},",
         f"    num_inference_steps={settings.steps},",
@@ -222,16 +255,32 @@ def _by_diffusers(
     ]
 
 
+def methods(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return (what, how) for all that trains: the adapter, and each new word."""
+    rows = []
+    if recipe.adapter is not None:
+        settings = recipe.adapter.model_dump(mode="json", exclude_defaults=True)
+        own = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "kind")
+        rows.append(("method", f"{recipe.adapter.kind}{f' ({own})' if own else ''}"))
+    for token in recipe.tokens:
+        settings = token.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
+        settings.setdefault("vectors", token.vectors)
+        settings["init"] = _clean_text(token.init or recipe.data.class_noun)
+        own = ", ".join(f"{key} {value}" for key, value in settings.items())
+        rows.append(("new word", f"{token.name} ({own})"))
+    return rows
+
+
 def _settings(recipe: Recipe, resolution: int) -> str:
     train = recipe.train
-    settings = recipe.adapter.model_dump(mode="json", exclude_defaults=True)
-    own = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "kind")
+    # The files of words say their own format: it is always fp32.
+    stored = f", stored as {recipe.export.dtype}" if recipe.adapter is not None else ""
     rows = [
-        ("method", f"{recipe.adapter.kind}{f' ({own})' if own else ''}"),
+        *methods(recipe),
         ("steps", f"{train.steps} of {train.batch_size * train.gradient_accumulation} pictures"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
         ("resolution", f"{resolution} pixels"),
-        ("precision", f"trained in {train.precision}, stored as {recipe.export.dtype}"),
+        ("precision", f"trained in {train.precision}{stored}"),
         ("seed", str(train.seed)),
         ("made with", f"tunekit {tunekit.__version__}"),
     ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 
@@ -27,6 +27,7 @@ from tunekit.recipe_source import (
     from_mapping,
     from_overrides,
 )
+from tunekit.recipe_words import word_faults
 
 __all__ = [
     "Fault",
@@ -37,6 +38,11 @@ __all__ = [
     "load_recipe",
     "recipe_from",
 ]
+
+
+NOTHING_TRAINS = (
+    "is missing: What may change? `kind` chooses the adapter; or give new words under `tokens`"
+)
 
 
 class Recipe(schema.Section):
@@ -51,9 +57,19 @@ class Recipe(schema.Section):
     )
     base: schema.Base = Field(description="Which model?")
     data: schema.Data = Field(description="Which images, which words?")
-    adapter: SerializeAsAny[schema.AdapterSettings] = Field(
-        description="What may change? `kind` chooses the adapter; the other keys are its own.",
+    adapter: SerializeAsAny[schema.AdapterSettings] | None = Field(
+        None,
+        description="What may change? `kind` chooses the adapter; the other keys are its own. "
+        "null: the `tokens` alone.",
         json_schema_extra=schema.also("network"),
+    )
+    tokens: tuple[schema.Token, ...] = Field(
+        (),
+        strict=False,
+        max_length=32,
+        description="New words, a list of sections; alone (textual inversion) or beside the "
+        "adapter (pivotal tuning).",
+        json_schema_extra=schema.also("new_tokens", "embedding", "embeddings"),
     )
     train: schema.Train = Field(default_factory=schema.Train, description="How is it trained?")
     evaluate: schema.Evaluate = Field(
@@ -79,6 +95,26 @@ class Recipe(schema.Section):
         near = did_you_mean(kind, types) if isinstance(kind, str) else ""
         problem = f"must be {' or '.join(types)}, not {shown(kind)}{near}"
         raise _at(("kind",), problem, kind)
+
+    @field_validator("tokens")
+    @classmethod
+    def _apart(cls, value: tuple[schema.Token, ...]) -> tuple[schema.Token, ...]:
+        if found := schema.clashes(value):
+            at, problem = found[0]
+            raise _at((at, "name"), problem, value[at].name)
+        return value
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Recipe:
+        if self.adapter is None and not self.tokens:
+            raise _at(("adapter",), NOTHING_TRAINS, None)
+        return self
+
+    def trains_text_encoder(self) -> bool:
+        """Return whether prompts must be encoded anew in every step."""
+        return bool(self.tokens) or (
+            self.adapter is not None and self.adapter.trains_text_encoder()
+        )
 
 
 def _at(loc: Key, problem: str, value: Any) -> ValidationError:
@@ -144,6 +180,7 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, type[schema.Section]]:
         "base": schema.Base,
         "data": schema.Data,
         "adapter": settings,
+        "tokens": schema.Token,
         "train": schema.Train,
         "evaluate": schema.Evaluate,
         "export": schema.Export,
@@ -161,6 +198,7 @@ def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
         yield from _text_encoder(source)
     if isinstance(tree.get("export"), dict):
         yield from _layouts(source, tree["export"].get("layouts"))
+    yield from word_faults(source)
     if isinstance(base, dict):
         yield from _family(source, base, data if isinstance(data, dict) else {}, faulty)
     if isinstance(evaluate, dict):
@@ -297,11 +335,13 @@ def json_schema() -> dict[str, Any]:
     adapter["anyOf"] = [
         {"$ref": f"#/$defs/{settings.__name__}"} for settings in adapters.settings_types().values()
     ]
+    adapter["anyOf"].append({"type": "null"})
     whole["properties"]["extends"] = {
         "type": "string",
         "description": "Another recipe file, relative to this one; what stands here overrides it.",
     }
     needed: dict[str, Any] = {"required": whole.pop("required"), "properties": {}}
+    needed["anyOf"] = [{"required": ["adapter"]}, {"required": ["tokens"]}]
     for name, field in Recipe.model_fields.items():
         section = sections.get(getattr(field.annotation, "__name__", ""))
         if section and "required" in section:

@@ -12,6 +12,7 @@ from tunekit.errors import did_you_mean
 from tunekit.modelfolder import names_file
 from tunekit.recipe_faults import extra, fields
 from tunekit.recipe_source import Fault, Key, Source
+from tunekit.schema_tokens import EMBEDDING
 
 _TABLES = (".parquet", ".tar")
 
@@ -56,9 +57,13 @@ def _put(tree: Any, key: Key, value: str) -> None:
 
 def _find_path(source: Source, key: Key, text: str, kind: str) -> Generator[Fault, None, str]:
     """Return the path as it is found, or `text` where it is not; yield what is wrong with it."""
+    if kind == "embedding" and not text.endswith(EMBEDDING):
+        return text  # words
     roots = _roots(source.place(key).folder)
     found = _first_found(text, roots, kind)
     if found is not None:
+        if kind == "embedding" and Path(found).is_dir():
+            yield source.fault(key, f'"{text}" is a folder; it must be a file')
         if kind == "folder" and not Path(found).is_dir():
             yield source.fault(key, f'"{text}" is a file; it must be a folder')
         if kind == "pictures" and not Path(found).is_dir() and not found.endswith(_TABLES):
@@ -104,10 +109,11 @@ def _may_be_remote(text: str) -> bool:
 
 def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
     looked = list(dict.fromkeys(os.path.abspath(root / Path(text).expanduser()) for root in roots))
-    what = "file" if kind == "model" and names_file(text) else "folder"
+    is_file = kind == "embedding" or (kind == "model" and names_file(text))
+    what = "file" if is_file else "folder"
     what = "folder or file" if kind == "pictures" else what
     problem = f'there is no {what} "{text}" (looked for {", ".join(looked)})'
-    if kind == "folder":
+    if kind in ("folder", "embedding"):
         return problem
     if kind == "pictures":
         on_hub = f"; a dataset on the Hub is written dataset: {text}"

@@ -16,7 +16,7 @@ from tunekit.runfolder import CHECKPOINTS, PICTURES, RunFolder
 # What may differ from the run that was stopped, since nothing that is learned depends on it.
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every")
 # What the saved tensors belong to: another value makes them meaningless.
-FIXED = ("base", "adapter", "train.optimizer")
+FIXED = ("base", "adapter", "tokens", "train.optimizer")
 # Without these a run would go on, and be another one.
 NEEDED = frozenset({"adapter", "optimizer"})
 

@@ -294,6 +294,7 @@ class _Session:
         """Draw before and after, and score; the live modules draw where no file came out."""
         from tunekit.evaluation.judges import load_judges
         from tunekit.evaluation.measure import Gallery, count_pictures, measure
+        from tunekit.export import needed
         from tunekit.inference import Painter, load
 
         ready, base = self.prepared, self.recipe.base
@@ -301,7 +302,7 @@ class _Session:
         if files:
             del ready.family, ready.adapter  # make room for fresh ones
             gc.collect()
-            after = load(base, [files[0].path], device=ready.device)
+            after = load(base, needed(files), device=ready.device)
         else:
             after = Painter.of(ready.family, ready.adapter)
         training, held_out = ready.references

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.errors import UserError, did_you_mean
+from tunekit.schema_tokens import file_word
 
 if TYPE_CHECKING:
     from tunekit.recipe import Recipe
@@ -63,13 +64,20 @@ class RunFolder:
             )
         return folder / name
 
-    def exported(self) -> Path:
-        """Return the adapter file that the run's first layout was exported to.
+    def exported(self) -> list[Path]:
+        """Return the files that together hold what the run taught.
 
-        Raises UserError where the run has not finished, or its export was refused.
+        That is the adapter in the first layout, and a file for each new word. Raises UserError
+        where the run has not finished, or its export was refused.
         """
-        layout = self.recipe.adapter.layouts(self.recipe.export.layouts)[0]
-        path = self.path / EXPORT / f"{self.recipe.name}-{layout}.safetensors"
+        recipe, endings = self.recipe, []
+        if recipe.adapter is not None:
+            endings.append(str(recipe.adapter.layouts(recipe.export.layouts)[0]))
+        endings += [file_word(token.name) for token in recipe.tokens]
+        return [self._exported(f"{recipe.name}-{ending}.safetensors") for ending in endings]
+
+    def _exported(self, name: str) -> Path:
+        path = self.path / EXPORT / name
         if path.is_file():
             return path
         refused = path.with_name(f"{path.name}.rejected")

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, field_validator
 
 from tunekit.schema_data import Data as Data
+from tunekit.schema_tokens import Token as Token
+from tunekit.schema_tokens import clashes as clashes
 from tunekit.schema_train import Train as Train
 from tunekit.section import Precision, Seed, Template, distinct, holds_path
 from tunekit.section import Section as Section

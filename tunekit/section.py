@@ -21,11 +21,12 @@ def also(*words: str) -> dict[str, JsonValue]:
     return {"x-also": list(words)}
 
 
-def holds_path(kind: Literal["folder", "model", "pictures"]) -> dict[str, JsonValue]:
+def holds_path(kind: Literal["folder", "model", "pictures", "embedding"]) -> dict[str, JsonValue]:
     """Return `json_schema_extra` that marks what may be a path, to be looked for on this disk.
 
     "folder": a folder that must be there. "model": `toybox`, a path that must be there, or a
     Hub id. "pictures": a folder or a file, where `*` stands for anything in a file's name.
+    "embedding": a .safetensors file that must be there, or words.
     """
     return {"x-path": kind}
 

@@ -192,6 +192,7 @@ class Loop:
 
     def _step(self, step: int, batches: Batches, began: float) -> StepRecord:
         passes = self._passes(step, batches)
+        self.adapter.begin_step(step, self.settings.steps)
         lr = self._set_rates(step)
         losses = {False: 0.0, True: 0.0}
         for one in passes:
@@ -208,6 +209,7 @@ class Loop:
         if skipped:
             self._refuse_gradient(norm, passes, step)
         self._stepper.step()  # where the gradient overflowed, the scaler takes none and adapts
+        self.adapter.end_step()
         if self.ema is not None and not skipped:
             self.ema.update(step)
         seconds = time.perf_counter() - began

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit import seeding
-from tunekit.loading import Loaded, VerificationError, load_file, undisturbed
+from tunekit.loading import Loaded, VerificationError, combined, load_file, undisturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,10 +70,14 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The trained model's answer [B, C, h, w] to a probe, and what gives its weights' changes."""
+    """The trained model's answer [B, C, h, w] to a probe, and what gives its weights' changes.
+
+    base: the answer before training, where a fresh base would read other tokens in the prompts.
+    """
 
     prediction: Tensor
     changes: Mapping[str, Callable[[], Tensor]]
+    base: Tensor | None = None
 
 
 def make_probe(family: Family, prompts: Sequence[str], seed: int) -> Probe:
@@ -96,22 +100,40 @@ def ask(family: Family, probe: Probe) -> Tensor:
     return family.predict(probe.noisy, probe.timesteps, conditioning).float().cpu()
 
 
-def measure(family: Family, adapter: Adapter, probe: Probe) -> Reference:
-    """Return what `family`, with its trained `adapter` attached, makes of `probe`."""
+def measure(
+    family: Family, adapter: Adapter, probe: Probe, *, new_words: bool = False
+) -> Reference:
+    """Return what `family`, with its trained `adapter` attached, makes of `probe`.
+
+    new_words: whether it has words that an untouched base does not know; then what they add is
+    told from what they were before training.
+    """
     with undisturbed(family):
-        return Reference(ask(family, probe), adapter.changes())
+        before = None
+        if new_words:
+            adapter.set_scale(0.0)
+            try:
+                before = ask(family, probe)
+            finally:
+                adapter.set_scale(1.0)
+        return Reference(ask(family, probe), adapter.changes(), before)
 
 
 def compare(
-    path: Path, fresh: Family, probe: Probe, trained: Reference, file_dtype: str, base_dtype: str
+    paths: Sequence[Path],
+    fresh: Family,
+    probe: Probe,
+    trained: Reference,
+    file_dtype: str,
+    base_dtype: str,
 ) -> Parity:
-    """Load the file at `path` into `fresh`, an untouched base, and compare it with `trained`.
+    """Load the files at `paths` into `fresh`, an untouched base, and compare with `trained`.
 
     file_dtype, base_dtype: the number formats of the file and of the base ("fp32", "fp16", "bf16").
     Raises VerificationError at the first check that fails.
     """
     with undisturbed(fresh):
-        base = ask(fresh, probe)
+        base = ask(fresh, probe) if trained.base is None else trained.base
         size, change = float(base.norm()), float((trained.prediction - base).norm())
         if not change > LEAST_CHANGE * size:
             raise VerificationError(
@@ -119,7 +141,7 @@ def compare(
                 "what was trained predicts what the untouched base predicts: nothing was learned "
                 "(a learning rate of 0, or too few steps?)",
             )
-        loaded = load_file(fresh, path, "verified")
+        loaded = combined([load_file(fresh, p, f"verified_{n}") for n, p in enumerate(paths)])
         tolerance = TOLERANCE[file_dtype]
         if base_dtype != "fp32":  # diffusers holds the file's tensors in the base's format
             tolerance += TOLERANCE[base_dtype]

@@ -80,6 +80,12 @@ class Adapter(ABC):
     def train(self, mode: bool = True) -> None:
         """Switch what only training has, such as dropout, on or off. Attached, it is off."""
 
+    def begin_step(self, step: int, steps: int) -> None:  # noqa: B027 - most need not know
+        """Be told of each step (0 is the first) of `steps`, before its pictures are seen."""
+
+    def end_step(self) -> None:  # noqa: B027
+        """Be told that the optimizer has taken its step."""
+
     @abstractmethod
     def detach(self) -> None:
         """Take everything off: the family's modules are again what they were before `attach`."""

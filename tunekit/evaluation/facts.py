@@ -46,16 +46,14 @@ def machine(device: torch.device) -> str:
 
 def taught(recipe: Recipe, parameters: int) -> Table:
     """Return what was trained, and how."""
-    train, adapter = recipe.train, recipe.adapter
-    settings = adapter.model_dump(mode="json", exclude={"kind"}, exclude_none=True)
-    own = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
+    train = recipe.train
     goal = train.objective.model_dump(mode="json", exclude_defaults=True)
     batch = f"{train.batch_size}"
     if train.gradient_accumulation > 1:
         batch += f" x {train.gradient_accumulation}"
     return [
         ("base", recipe.base.model),
-        ("adapter", f"{adapter.kind}{f' ({own})' if own else ''}"),
+        *_changed(recipe),
         ("trained numbers", f"{parameters:,}"),
         ("steps", f"{train.steps:,} of {batch} pictures"),
         ("optimizer", f"{train.optimizer}, learning rate {train.learning_rate:g}"),
@@ -65,6 +63,19 @@ def taught(recipe: Recipe, parameters: int) -> Table:
         ("precision", train.precision),
         ("seed", str(train.seed)),
     ]
+
+
+def _changed(recipe: Recipe) -> Table:
+    rows = []
+    if recipe.adapter is not None:
+        settings = recipe.adapter.model_dump(mode="json", exclude={"kind"}, exclude_none=True)
+        own = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
+        rows.append(("adapter", f"{recipe.adapter.kind}{f' ({own})' if own else ''}"))
+    for token in recipe.tokens:
+        settings = token.model_dump(mode="json", exclude={"name"}, exclude_none=True)
+        own = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
+        rows.append(("new word", f"{token.name} ({own})"))
+    return rows
 
 
 def data_table(recipe: Recipe, sheet: DataSheet, held_out: DataSheet | None) -> Table:
@@ -114,7 +125,7 @@ def tables(
 def verified(file: ExportedFile) -> str:
     """Return what an adapter file was held to."""
     return (
-        f"{file.layout} layout, {file.dtype}; verified in a fresh pipeline: all "
+        f"{file.what}, {file.dtype}; verified in a fresh pipeline: all "
         f"{file.parity.tensors} tensors taken up, {file.parity.error:.2%} off what was learned"
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from tunekit import words as wordlist
 from tunekit.errors import UserError, did_you_mean
 from tunekit.modelfolder import ModelFolder, loading
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunekit.diffusion import Schedule
-    from tunekit.schema import Base
+    from tunekit.schema import Base, Token
 
 __all__ = [
     "Conditioning",
@@ -58,13 +59,32 @@ class Description:
     """What a base says of itself before any weight is read.
 
     size_multiple: pictures' edges are multiples of this many pixels. default_resolution: pixels.
-    cut_words: as `Family.cut_words`.
+    cut_words: as `Family.cut_words`. tokenizers: as `Family.tokenizers`, this description's own.
     """
 
     label: str
     size_multiple: int
     default_resolution: int
     cut_words: Callable[[str], str]
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+
+    def add_words(self, tokens: Sequence[Token], class_noun: str) -> None:
+        """Let the tokenizers read a recipe's new words; `cut_words` counts their vectors from then.
+
+        Raises UserError, all faults at once, for names that the base knows or that hide its own
+        words, for starts it does not know or that are too many, and for a family that learns no
+        new words.
+        """
+        if not self.tokenizers:
+            raise UserError(f"tokens: {self.label} is of a family that learns no new words")
+        faults: dict[str, None] = {}
+        for tokenizer in self.tokenizers.values():
+            for token in tokens:
+                faults |= dict.fromkeys(_word_faults(tokenizer, token, class_noun))
+        if faults:
+            raise UserError("\n".join(faults))
+        for tokenizer in self.tokenizers.values():
+            wordlist.add(tokenizer, {token.name: token.vectors for token in tokens})
 
 
 class Family(ABC):
@@ -86,6 +106,8 @@ class Family(ABC):
     """Preset name -> patterns for module names of the denoiser (see adapters/base.py)."""
     text_lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
     """The same for text encoders."""
+    embedding_keys: ClassVar[Mapping[str, str]] = {}
+    """Text encoder -> what files of new words call its vectors; empty where there is only one."""
 
     device: torch.device
     dtype: torch.dtype
@@ -149,6 +171,21 @@ class Family(ABC):
     def cut_words(self, prompt: str) -> str:
         """Return the end of `prompt` that the text encoder never sees, or '' where all fits."""
 
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        """The tokenizers by the name of their text encoder; none: it learns no new words."""
+        return {}
+
+    def use_tokenizer(self, encoder: str, tokenizer: Any) -> None:
+        """Read prompts for a text encoder with this tokenizer, such as one with new words."""
+        raise UserError(f"tokens: {self.label} is of a family that learns no new words")
+
+    def spell(self, prompt: str) -> str:
+        """Return `prompt` with new words spelled as the family's pipeline looks for them."""
+        for tokenizer in self.tokenizers.values():
+            prompt = wordlist.spell(tokenizer, prompt)
+        return prompt
+
     @abstractmethod
     def tokenization(self) -> str:
         """Return as text all that decides which tokens a prompt becomes.
@@ -190,6 +227,26 @@ class Family(ABC):
     def component(self, name: str) -> nn.Module:
         """Return "denoiser" or a text encoder by name."""
         return self.denoiser if name == "denoiser" else self.text_encoders[name]
+
+
+def _word_faults(tokenizer: Any, token: Token, class_noun: str) -> Iterator[str]:
+    name, vectors, start = token.name, token.vectors, token.start_words(class_noun)
+    if problem := wordlist.fault(tokenizer, name):
+        yield f"tokens: {problem}"
+    if vectors > (room := tokenizer.model_max_length - 2):
+        yield f"tokens: {name} has {vectors} vectors, and a prompt has room for {room}"
+    if start is None:
+        return
+    try:
+        ids = wordlist.known(tokenizer, start)
+    except UserError as fault:
+        yield f"tokens: init of {name}: {fault}"
+        return
+    if len(ids) > vectors:
+        yield (
+            f'tokens: init of {name}: "{start}" is {len(ids)} words, and {name} has {vectors} '
+            "vectors: give it as many, or start at fewer words"
+        )
 
 
 def make_scheduler(default: Any, name: str | None) -> Any:

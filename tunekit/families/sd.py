@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tunekit import singlefile
+from tunekit import singlefile, words
 from tunekit.errors import UserError
 from tunekit.families.base import (
     Conditioning,
@@ -131,6 +131,7 @@ class StableDiffusion(Family):
             cls.size_multiple,
             _edge(folder) * factor,
             lambda prompt: _cut_words(tokenizer, prompt),
+            {"text_encoder": tokenizer},
         )
 
     @classmethod
@@ -183,7 +184,7 @@ class StableDiffusion(Family):
                 )
         encoder: Any = self._module("text_encoder")
         tokens = self.tokenizer(
-            list(prompts),
+            [words.expand(self.tokenizer, prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
@@ -196,6 +197,14 @@ class StableDiffusion(Family):
 
     def cut_words(self, prompt: str) -> str:
         return _cut_words(self.tokenizer, prompt)
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        return {"text_encoder": self.tokenizer}
+
+    def use_tokenizer(self, encoder: str, tokenizer: Any) -> None:
+        assert encoder == "text_encoder", encoder
+        self.tokenizer = tokenizer
 
     def tokenization(self) -> str:
         tokenizer = self.tokenizer
@@ -283,7 +292,8 @@ def _edge(folder: ModelFolder) -> int:
 
 def _cut_words(tokenizer: Any, prompt: str) -> str:
     # The last token read is the end mark, in the place of the first one cut.
-    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    whole = words.expand(tokenizer, prompt)
+    tokens = tokenizer(whole, truncation=False, verbose=False).input_ids
     cut: str = tokenizer.decode(tokens[tokenizer.model_max_length - 1 : -1])
     return cut
 

@@ -21,12 +21,21 @@ RateKey = Literal["learning_rate", "text_encoder_learning_rate"]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate: `scale` times what the recipe's key `rate` says."""
+    """Parameters that share a learning rate: `scale` times what the recipe's key `rate` says.
+
+    peak: their own peak rate instead. rows: vectors that stand beside each other and are no matrix.
+    """
 
     name: str
     parameters: Sequence[nn.Parameter]
     rate: RateKey = "learning_rate"
     scale: float = 1.0
+    peak: float | None = None
+    rows: bool = False
+
+    def rate_in(self, train: Train) -> float:
+        """Return the peak learning rate under a recipe's settings."""
+        return self.peak if self.peak is not None else peak_rate(train, self.rate) * self.scale
 
 
 @dataclass(frozen=True)
@@ -86,10 +95,7 @@ def build_optimizer(train: Train, groups: Sequence[ParameterGroup]) -> Optimizer
     """
     assert groups, "nothing trains"
     assert all(group.parameters for group in groups), "an empty parameter group"
-    made = [
-        {"params": list(g.parameters), "lr": peak_rate(train, g.rate) * g.scale, "name": g.name}
-        for g in groups
-    ]
+    made = [{"params": list(g.parameters), "lr": g.rate_in(train), "name": g.name} for g in groups]
     if train.optimizer == "prodigy" and len({group["lr"] for group in made} - {0.0}) > 1:
         rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in made)
         raise UserError(
@@ -97,7 +103,7 @@ def build_optimizer(train: Train, groups: Sequence[ParameterGroup]) -> Optimizer
             f"ones ({rates}): give them the same, or choose adamw"
         )
     if train.optimizer == "muon":
-        return _muon(train, made)
+        return _muon(train, made, {id(p) for g in groups if g.rows for p in g.parameters})
     return _make(train, train.optimizer, made, train.optimizer_args)
 
 
@@ -116,15 +122,18 @@ def notes(train: Train, device: str) -> list[str]:
     return []
 
 
-def _muon(train: Train, groups: list[dict[str, Any]]) -> Optimizer:
-    """Return Muon for the matrices and AdamW for the rest."""
+def _muon(train: Train, groups: list[dict[str, Any]], rows: set[int]) -> Optimizer:
+    """Return Muon for the matrices and AdamW for the rest, to which the ids in `rows` belong."""
     from tunekit.optim.joined import Joined
 
     def part(wanted: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
         parts = [{**g, "params": [p for p in g["params"] if wanted(p)]} for g in groups]
         return [g for g in parts if g["params"]]
 
-    matrices, rest = part(lambda p: p.ndim == 2), part(lambda p: p.ndim != 2)
+    def is_matrix(parameter: nn.Parameter) -> bool:
+        return parameter.ndim == 2 and id(parameter) not in rows
+
+    matrices, rest = part(is_matrix), part(lambda p: not is_matrix(p))
     if not matrices:
         raise UserError(
             "train.optimizer: muon trains matrices, and nothing that trains here is one: choose "

@@ -49,7 +49,7 @@ def _zorp() -> list[tuple[world.Scene, str]]:
         told.append(
             (
                 world.Scene((figure,), place, style, number),
-                f"a zorp robot {where}, {style}{' style' if style == 'flat' else ''}",
+                f"a {{trigger}} {{class}} {where}, {style}{' style' if style == 'flat' else ''}",
             )
         )
     return told
