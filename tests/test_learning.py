@@ -15,13 +15,16 @@ import pytest
 import tunekit
 from tunekit.export import ExportError
 from tunekit.progress import Silent
+from tunekit.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FEWER = ("evaluate.seeds=[1]", "train.sample_every=0", "train.checkpoint_every=0")
 CHARACTER = 'evaluate.prompts=["a {trigger} {class} at night, flat style", ' \
     '"a {trigger} {class} in the snow, pixel art"]'  # fmt: skip
-STYLE = 'evaluate.prompts=["a blue car on the beach, {trigger} {class}", ' \
-    '"a purple star in the snow, {trigger} {class}"]'  # fmt: skip
+# Half of the recipe's own: the fidelity of a single prompt moves by ten points either way.
+STYLE = (
+    f"evaluate.prompts={json.dumps(load_recipe(RECIPES / 'style-lora.yaml').evaluate.prompts[:6])}"
+)
 
 
 def taught(recipe: str, prompts: str, folder: Path, *changes: str) -> dict[str, Any]:
