@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunekit import embeddings
 from tunekit.checkpoint import read_safetensors
+from tunekit.embeddings import Embedding
 from tunekit.errors import UserError
 from tunekit.factors import ModuleInfo, adapter_metadata, group, is_kohya, read_module
 
@@ -20,6 +22,33 @@ if TYPE_CHECKING:
 _COMPONENT = re.compile(r"^(lora_(?:unet|te\d?|transformer)|[a-z]\w*(?=\.))")
 _UNSAID = "not said"
 _LARGEST = {"fp16": 65504.0}  # what may come near to overflowing
+
+
+@dataclass(frozen=True)
+class WordInfo:
+    """A new word in a file: norms are the lengths of its vectors, by text encoder.
+
+    width: numbers a vector, by text encoder. start: the base's words that it started at, where the
+    file says so.
+    """
+
+    word: str
+    vectors: int
+    width: dict[str, int]
+    norms: dict[str, list[float]]
+    start: str | None
+
+    def told(self) -> str:
+        """Return the word's facts as a sentence."""
+        parts = []
+        for encoder, norms in self.norms.items():
+            lengths = ", ".join(f"{norm:.3g}" for norm in norms[:8])
+            more = ", ..." if len(norms) > 8 else ""
+            named = f"{encoder}: " if encoder else ""
+            parts.append(f"{named}{self.width[encoder]} numbers each, norms {lengths}{more}")
+        count = "1 vector" if self.vectors == 1 else f"{self.vectors} vectors"
+        began = f', started at "{self.start}"' if self.start else ""
+        return f"{self.word}: {count}, {'; '.join(parts)}{began}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +71,7 @@ class AdapterInfo:
     unread: tuple[str, ...]
     metadata: dict[str, str]
     suspicious: tuple[str, ...]
+    words: tuple[WordInfo, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """Return everything as JSON values."""
@@ -49,17 +79,22 @@ class AdapterInfo:
 
     def lines(self) -> list[str]:
         """Return the description for people, a line per fact."""
+        modules = f"{len(self.modules)} modules, " if self.modules else ""
         rows = [
             ("file", f"{self.file}, {_size(self.bytes)}, {_counts(self.dtypes)}"),
-            ("kind", f"{self.kind}: {len(self.modules)} modules, {self.parameters:,} parameters"),
+            ("kind", f"{self.kind}: {modules}{self.parameters:,} parameters"),
             ("names", self.names),
             ("for", self._made_for()),
             ("trigger", self.trigger or "not said"),
-            ("rank", _counts(self.ranks) or "not said"),
-            ("alpha", self._alpha()),
-            ("targets", _counts(self.targets)),
-            ("norms", self._norms()),
+            *(("new word", word.told()) for word in self.words),
         ]
+        if self.modules:
+            rows += [
+                ("rank", _counts(self.ranks) or "not said"),
+                ("alpha", self._alpha()),
+                ("targets", _counts(self.targets)),
+                ("norms", self._norms()),
+            ]
         shown = {key: text for key, text in self.metadata.items() if key != "tunekit.recipe"}
         rows += [("metadata", f"{key} = {_short(text)}") for key, text in sorted(shown.items())]
         if "tunekit.recipe" in self.metadata:
@@ -95,9 +130,10 @@ def describe(path: Path) -> AdapterInfo:
     Raises UserError, one line, for a file that is missing, pickled, broken or truncated, holds no
     adapter, or whose factors cannot be multiplied.
     """
-    tensors, metadata = read_safetensors(path)
+    whole, metadata = read_safetensors(path)
+    found, tensors = embeddings.split(path, whole, metadata)
     grouped, unread = group(tensors)
-    if not grouped:
+    if not grouped and not found:
         raise UserError(
             f"{path}: holds no adapter: none of its {len(tensors)} tensors is a factor of one"
             + (f" (the first is {unread[0]})" if unread else "")
@@ -107,25 +143,54 @@ def describe(path: Path) -> AdapterInfo:
         read_module(path, name, parts, scales) for name, parts in sorted(grouped.items())
     )
     kinds = sorted({module.kind for module in modules})
+    kind = kinds[0] if len(kinds) == 1 else f"mixed ({', '.join(kinds)})"
+    if found:
+        kind = f"bundle ({kind} and new words)" if kinds else "new words (textual inversion)"
+    said = [*_suspicious(tensors, metadata, modules, grouped, unread)] if tensors else []
     return AdapterInfo(
         file=path.name,
         bytes=path.stat().st_size,
-        kind=kinds[0] if len(kinds) == 1 else f"mixed ({', '.join(kinds)})",
-        names=_naming(tensors),
+        kind=kind,
+        names=_naming(tensors) if tensors else _word_naming(found),
         architecture=_first(metadata, "modelspec.architecture", "ss_base_model_version")
         or _by_shape(grouped),
         base=_first(metadata, "tunekit.base", "ss_sd_model_name"),
         trigger=_first(metadata, "modelspec.trigger_phrase"),
-        dtypes=_tally(_dtype(tensor) for tensor in tensors.values()),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dtypes=_tally(_dtype(tensor) for tensor in whole.values()),
+        parameters=sum(tensor.numel() for tensor in whole.values()),
         ranks=_tally(module.rank for module in modules if module.rank is not None),
         alphas=_tally(_UNSAID if m.alpha is None else f"{m.alpha:g}" for m in modules),
         targets=_tally(_target(module.name) for module in modules),
         modules=modules,
         unread=unread,
         metadata=dict(metadata),
-        suspicious=tuple(_suspicious(tensors, metadata, modules, grouped, unread)),
+        suspicious=(*said, *_suspicious_words(found)),
+        words=tuple(_word(word) for word in found),
     )
+
+
+def _word(found: Embedding) -> WordInfo:
+    return WordInfo(
+        found.word,
+        found.vectors,
+        {encoder: rows.shape[1] for encoder, rows in found.rows.items()},
+        {e: [float(n) for n in r.double().norm(dim=1)] for e, r in found.rows.items()},
+        found.start,
+    )
+
+
+def _word_naming(found: Sequence[Embedding]) -> str:
+    several = any(embeddings.ONE not in word.rows for word in found)
+    return "clip_l, clip_g (SDXL)" if several else "one tensor (Stable Diffusion)"
+
+
+def _suspicious_words(found: Sequence[Embedding]) -> Iterable[str]:
+    for word in found:
+        for rows in word.rows.values():
+            if any(float(norm) == 0 for norm in rows.double().norm(dim=1)):
+                yield f"a vector of zeros in {word.word}"
+            if len({tuple(row) for row in rows.double().tolist()}) < len(rows):
+                yield f"vectors of {word.word} that are the same: did all of them train?"
 
 
 def _first(metadata: Mapping[str, str], *keys: str) -> str | None:

@@ -46,8 +46,8 @@ def _title(text: str) -> str:
 
 
 def _sections(field: Schema, known: Schema) -> list[Schema]:
-    """Return the section that a key of the recipe holds, or those of every adapter kind."""
-    options = [field, *field.get("anyOf", ())]
+    """Return the section that a key of the recipe holds, or every kind's of adapter."""
+    options = [field, *field.get("anyOf", ()), field.get("items", {})]
     names = [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
     return [known[name] for name in names]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit import words
+from tunekit.changes.rows import AddedRows
 from tunekit.embeddings import ONE, Embedding
 from tunekit.loaded import Loaded, VerificationError, combined, undisturbed
 from tunekit.tokens import start_rows
@@ -50,11 +51,10 @@ def _check(family: Family, embedding: Embedding, keys: dict[str, str]) -> None:
     for encoder, key in keys.items():
         if problem := words.fault(family.tokenizers[encoder], word):
             raise VerificationError(_LOADS, problem)
-        table = _table(family, encoder)
-        if table is None:
+        if _trains_words(family, encoder):
             said = "words that train are attached: give embedding files and checkpoints apart"
             raise VerificationError(_LOADS, said)
-        wide, own = embedding.rows[key].shape[1], table.shape[1]
+        wide, own = embedding.rows[key].shape[1], _table(family, encoder).shape[1]
         if wide != own:
             said = f"{word} has vectors {wide} wide, and those of {family.label} are {own} wide"
             raise VerificationError(_LOADS, said)
@@ -68,7 +68,6 @@ def _load(
     word, rows = embedding.word, embedding.rows[key]
     tokenizer, module = family.tokenizers[encoder], family.text_encoders[encoder]
     old = _table(family, encoder)
-    assert old is not None
     try:
         zero = start_rows(tokenizer, old, len(rows), embedding.start)
     except ValueError:  # words of another base than this one
@@ -90,7 +89,6 @@ def _load(
                 _LOADS, f"diffusers cannot load {word} into {family.label}: {line}"
             ) from fault
     table = _table(family, encoder)
-    assert table is not None
     table.requires_grad_(False)
     ids = tokenizer.convert_tokens_to_ids(words.vector_names(word, len(rows)))
     held = table[ids].clone()
@@ -99,14 +97,10 @@ def _load(
         own = held if scale == 1 else (zero + scale * (held.float() - zero)).to(held.dtype)
         with torch.no_grad():
             # Another word may have come behind it, in a table of its own.
-            now = _table(family, encoder)
-            assert now is not None
-            now[ids] = own
+            _table(family, encoder)[ids] = own
 
     def change() -> Tensor:
-        now = _table(family, encoder)
-        assert now is not None
-        rows: Tensor = now[ids].detach().float().cpu()
+        rows: Tensor = _table(family, encoder)[ids].detach().float().cpu()
         return rows
 
     changes: dict[str, Callable[[], Tensor]] = {f"{encoder}/{word}": change}
@@ -118,10 +112,18 @@ def _rounding(numbers: int, name: str, floor: float) -> float:
     return floor * math.sqrt(numbers)
 
 
-def _table(family: Family, encoder: str) -> Any:
-    """Return a text encoder's vocabulary, [tokens, width]; None where it is not the only one."""
-    import torch
+def _trains_words(family: Family, encoder: str) -> bool:
+    return isinstance(_input(family, encoder), AddedRows)
 
+
+def _table(family: Family, encoder: str) -> Any:
+    """Return a text encoder's vocabulary, [tokens, width]; words that train stand beside it."""
+    table = _input(family, encoder)
+    while isinstance(table, AddedRows):
+        table = table.table
+    return table.weight
+
+
+def _input(family: Family, encoder: str) -> Any:
     module: Any = family.text_encoders[encoder]
-    weight = getattr(module.get_input_embeddings(), "weight", None)
-    return weight if isinstance(weight, torch.Tensor) else None
+    return module.get_input_embeddings()

@@ -156,7 +156,8 @@ def _fitting(word: str) -> Callable[[re.Match[str]], str]:
 
     def article(found: re.Match[str]) -> str:
         first, space = found.group(1), found.group(2)
-        return first[0] + ("n" if word[0].lower() in "aeiou" else "") + space
+        letter = next((sign for sign in word.lower() if sign.isalnum()), "")
+        return first[0] + ("n" if letter and letter in "aeiou" else "") + space
 
     return article
 
