@@ -233,7 +233,11 @@ def check_options(words: list[str]) -> None:
         assert words[0] in ("--help", "--version"), words
         return
     assert words[0] in VERBS.commands, f"there is no verb {words[0]}"
-    known = {name for option in VERBS.commands[words[0]].params for name in option.opts}
+    verb = VERBS.commands[words[0]]
+    if hasattr(verb, "commands"):  # a verb of verbs, such as cache
+        assert words[1] in verb.commands, f"there is no verb {words[0]} {words[1]}"
+        verb = verb.commands[words[1]]
+    known = {name for option in verb.params for name in option.opts}
     for word in words[1:]:
         assert not word.startswith("--") or word in known | {"--help"}, f"{words[0]} has no {word}"
 
