@@ -33,7 +33,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def section(pictures: Path | str = "unused", **keys: Any) -> Data:
     values = {"count": 3, "prompts": ["a {class}", "a {class} in the snow"], "steps": 2, **keys}
-    return Data(source=str(pictures), trigger="zorp", class_noun="robot", resolution=64, prior=values)
+    return Data(
+        source=str(pictures), trigger="zorp", class_noun="robot", resolution=64, prior=values
+    )
 
 
 def drawn(data: Data, base: Family, told: Told | None = None) -> tuple[Example, ...]:
