@@ -20,6 +20,7 @@ from tunekit.loading import VerificationError, read_by_diffusers
 from tunekit.schema_tokens import file_word
 from tunekit.tokens import adapter_of, words_of
 from tunekit.verification import Parity, compare, make_probe, measure
+from tunekit.wholefile import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,16 +222,10 @@ def write_card(
     described = [(f.path.name, f"{f.what}, {f.dtype}, verified") for f in files]
     words = [(f.word, f.path.name) for f in files if f.word is not None]
     path = files[0].path.parent / CARD
-    partial = path.with_name(f".{CARD}.partial")
     card = modelcard.model_card(
         recipe, described, resolution, scores, files[0].diffusers, words=words
     )
-    try:
-        partial.write_text(card, "utf-8")
-        partial.replace(path)
-    except OSError as fault:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {fault.strerror}") from fault
+    write_whole(path, card)
     return path
 
 
