@@ -22,9 +22,7 @@ from tunekit.section import also as also
 Layout = Literal["diffusers", "kohya"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """Every naming of adapter files, that of the recommended file first."""
-Layouts = Annotated[
-    tuple[Layout, ...], Field(strict=False, min_length=1), AfterValidator(distinct)
-]
+Layouts = Annotated[tuple[Layout, ...], Field(strict=False, min_length=1), AfterValidator(distinct)]
 
 BUNDLED = "toybox"
 """The name of the models that come with the package."""
