@@ -29,6 +29,7 @@ _ENCODERS = ("clip_l", "clip_g")
 _BUNDLED = re.compile(r"^bundle_emb\.(?P<word>[^.]+)\.(?P<key>string_to_param\.\*|clip_[lg])$")
 _MOST_VECTORS = 75
 _NAMELESS = "emb_params"
+_LAYER = re.compile(r".*\.(weight|bias)")  # a part of a model, which is never a word
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,7 @@ def contents(path: Path) -> tuple[bool, bool]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             flat = len(names) == 1 and len(file.get_slice(names[0]).get_shape()) <= 2
+            flat = flat and not _LAYER.fullmatch(names[0])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is damaged: {' '.join(str(error).split())}") from None
     if any(_BUNDLED.match(name) for name in names):
@@ -108,7 +110,7 @@ def _alone(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     if len(tensors) != 1 or group(tensors)[0]:
         return None
     ((name, tensor),) = tensors.items()
-    if tensor.ndim not in (1, 2):
+    if tensor.ndim not in (1, 2) or _LAYER.fullmatch(name):
         return None
     return {path.stem if name == _NAMELESS else name: {ONE: tensor}}
 
