@@ -186,3 +186,25 @@ def test_the_seed_orders_the_pictures(tree: Callable[..., Tree]) -> None:
     assert order(0) == first
     assert order(1) != first
     assert sorted(order(1)) == sorted(first)
+
+
+def test_pictures_of_the_class_are_trained_beside_and_shown(
+    tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    prior = {"count": 2, "steps": 1, "prompts": ["a {class}", "a {class} at night"]}
+    told = Told()
+    with_class = tunekit.train(tree(data={"prior": prior}), out=tmp_path / "with", reporter=told)
+    assert told.ticks["drawing the class"] == ["a robot", "a robot at night"]
+    assert all(line["prior_loss"] > 0 for line in metrics(with_class))
+    text = with_class.report.read_text()
+    assert "2 of the 2 pictures that keep the class" in text
+    assert "Pictures of the class, trained beside" in text
+    # Twice the weight adds twice as much in the first step, and what is learned is another thing.
+    heavier = tunekit.train(
+        tree(data={"prior": {**prior, "weight": 2.0}}), out=tmp_path / "more", reporter=Silent()
+    )
+    first, other = metrics(with_class)[0], metrics(heavier)[0]
+    assert other["prior_loss"] == pytest.approx(2 * first["prior_loss"])
+    assert other["loss"] == first["loss"]
+    assert metrics(heavier)[-1]["loss"] != metrics(with_class)[-1]["loss"]

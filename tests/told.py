@@ -21,5 +21,6 @@ class Told(Silent):
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Ticker]:
         told = self.ticks.setdefault(name, [])
+        before = len(told)  # a stage may come twice: for the subject's pictures and the class's
         yield lambda words="": told.append(words)
-        assert len(told) == total, name
+        assert len(told) - before == total, name

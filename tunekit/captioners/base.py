@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -94,20 +92,3 @@ def refuse_unsafe(model: str, what: str) -> None:
         )
     for path in weights:
         check_header(path)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back transformers' loading bar and its remarks: what matters is checked by us."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

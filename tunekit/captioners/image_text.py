@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from tunekit.captioners.base import Captioner, Said, Wishes, quiet, refuse_unsafe
+from tunekit.captioners.base import Captioner, Said, Wishes, refuse_unsafe
 from tunekit.errors import UserError
+from tunekit.evaluation.embedders import quiet
 from tunekit.modelfolder import loading
 from tunekit.section import Section
 

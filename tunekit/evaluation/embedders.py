@@ -262,7 +262,7 @@ def _load_model(source: str, where: str) -> tuple[Any, bool]:
     import transformers
 
     safe = {"trust_remote_code": False}
-    with loading(where), _quiet():
+    with loading(where), quiet():
         config = transformers.AutoConfig.from_pretrained(source, **safe)
         named = (config.architectures or [""])[0]
         # AutoModel would drop the projection of a CLIPVisionModelWithProjection.
@@ -287,7 +287,7 @@ def _load_model(source: str, where: str) -> tuple[Any, bool]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back transformers' loading bar and its remarks: what matters is checked here."""
     from transformers.utils import logging as untyped
 
