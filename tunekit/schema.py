@@ -7,7 +7,7 @@ marks what may be a path: it is looked for from the working directory, then from
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator
 
@@ -179,6 +179,9 @@ class AdapterSettings(Section):
         description="The adapter kind.",
         json_schema_extra=also("network_module", "type", "network_type", "algo"),
     )
+
+    trains_weights: ClassVar[bool] = False
+    """Whether copies of the base's own weights train, and not something small beside them."""
 
     def trains_text_encoder(self) -> bool:
         """Return whether these settings train anything in a text encoder."""

@@ -48,6 +48,8 @@ class FullSettings(Targeted):
         "which are all that files can hold.",
     )
 
+    trains_weights: ClassVar[bool] = True
+
     def layout_fault(self, layout: str) -> str | None:
         if layout == "kohya":
             return None

@@ -1,0 +1,167 @@
+"""What would lower a run's memory: settings of its recipe, the cheapest first, with their prices.
+
+Pure: `tunekit plan` and a run that ran out of memory say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunekit.recipe import Recipe
+    from tunekit.schema import Section
+
+_HALF = ("bf16", "fp16")
+# What an optimizer keeps for each number that trains is at least a fourth with these.
+_LEANER = {
+    "adamw": "adamw8bit",
+    "schedulefree_adamw": "adamw8bit",
+    "prodigy": "adamw8bit",
+    "lion": "lion8bit",
+    "came": "adafactor",
+    "muon": "adafactor",
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Settings that together lower the memory.
+
+    settings: ``KEY=VALUE``, as a verb takes them behind the recipe. lowers: the part that gets
+    smaller, by its name in a plan. price: what they cost, in words; `free` where the result stays
+    the same but for rounding.
+    """
+
+    settings: tuple[str, ...]
+    lowers: str
+    price: str
+    free: bool = False
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.settings)}: {self.price}"
+
+
+def lower_memory(recipe: Recipe, resolution: int | None = None) -> list[Advice]:
+    """Return what would lower the memory that training takes, the cheapest first.
+
+    resolution: edge of the pictures in pixels, where the recipe leaves it to the base. Whatever is
+    set already, or would contradict the recipe, is not advised.
+    """
+    return [*_free(recipe), *_rounding(recipe), *_less(recipe, resolution)]
+
+
+def _free(recipe: Recipe) -> Iterator[Advice]:
+    """Yield what leaves the result as it is, and costs time alone."""
+    train = recipe.train
+    if train.batch_size > 1:
+        size = next(n for n in range(train.batch_size // 2, 0, -1) if train.batch_size % n == 0)
+        passes = train.gradient_accumulation * (train.batch_size // size)
+        yield Advice(
+            (f"train.batch_size={size}", f"train.gradient_accumulation={passes}"),
+            "activations",
+            "the same steps in smaller parts; slower on a GPU, hardly on a processor",
+            free=True,
+        )
+    if _off(train, "gradient_checkpointing"):
+        yield Advice(
+            ("train.gradient_checkpointing=true",),
+            "activations",
+            "the same result; each step takes about a third longer",
+            free=True,
+        )
+    alone = train.gradient_accumulation == 1 and recipe.data.prior is None
+    if _off(train, "fused_backward") and alone and not train.max_grad_norm:
+        yield Advice(
+            ("train.fused_backward=true",),
+            "gradients",
+            "the same result; each weight is stepped as soon as its gradient is there",
+            free=True,
+        )
+
+
+def _rounding(recipe: Recipe) -> Iterator[Advice]:
+    """Yield what rounds numbers, and mostly goes unnoticed."""
+    base, train = recipe.base, recipe.train
+    if train.precision == "fp32":
+        yield Advice(
+            ("train.precision=bf16",),
+            "activations",
+            "forward and backward passes round to 3 digits; slow on processors without bf16",
+        )
+    if leaner := _LEANER.get(train.optimizer):
+        settings = [f"train.optimizer={leaner}"]
+        if train.optimizer == "prodigy":
+            settings.append("train.learning_rate=1e-4")  # prodigy's is a factor on what it finds
+        yield Advice(
+            tuple(settings),
+            "optimizer",
+            "its state is held in 8 bits or in factors; the way of training differs a little",
+        )
+    held = recipe.adapter is not None and recipe.adapter.trains_weights
+    if base.dtype not in _HALF and not held and not _quantized(base):
+        yield Advice(
+            ("base.dtype=bf16",), "base", "the frozen weights are rounded to 3 digits, and half"
+        )
+    if not held and _off(base, "quantize"):
+        for kind, price in (
+            ("int8", "the frozen weights are rounded to 8 bits; steps are slower"),
+            ("nf4", "the frozen weights are rounded to 4 bits, which can be seen; slower steps"),
+        ):
+            if kind in _choices(base, "quantize"):
+                yield Advice((f"base.quantize={kind}",), "base", price)
+
+
+def _less(recipe: Recipe, resolution: int | None) -> Iterator[Advice]:
+    """Yield what learns less, or otherwise."""
+    train, adapter = recipe.train, recipe.adapter
+    if train.ema is not None:
+        yield Advice(("train.ema=null",), "average", "no average of the weights: the last counts")
+    if adapter is not None and adapter.trains_text_encoder():
+        settings = ["adapter.text_encoder=false"]
+        for key in ("text_encoder_targets", "text_encoder_rank"):
+            if getattr(adapter, key, None) is not None:
+                settings.append(f"adapter.{key}=null")
+        yield Advice(
+            tuple(settings), "text encoder", "the words themselves learn nothing, only the pictures"
+        )
+    rank = getattr(adapter, "rank", None)
+    if isinstance(rank, int) and rank > 4 and train.optimizer != "muon":
+        yield Advice((f"adapter.rank={rank // 2}",), "trained", "half as much can be learned")
+    edges = recipe.data.resolutions or ((resolution,) if resolution else ())
+    if len(edges) == 1 and edges[0] >= 512:
+        smaller = edges[0] * 3 // 4 // 64 * 64
+        yield Advice(
+            (f"data.resolution={smaller}",), "activations", "finer details are not learned"
+        )
+    everything = getattr(adapter, "targets", None) == "all"
+    if adapter is not None and adapter.trains_weights and everything:
+        yield Advice(
+            ("adapter.targets=attention",),
+            "trained",
+            "only what ties pictures to words learns, not the whole denoiser",
+        )
+
+
+def _off(section: Section, key: str) -> bool:
+    """Say whether a key is there and not set."""
+    return key in type(section).model_fields and not getattr(section, key)
+
+
+def _quantized(section: Section) -> bool:
+    return bool(getattr(section, "quantize", None))
+
+
+def _choices(section: Section, key: str) -> set[Any]:
+    """Return the words that a key of a section may be set to."""
+    from typing import get_args
+
+    found: set[Any] = set()
+    open_ended = [type(section).model_fields[key].annotation]
+    while open_ended:
+        kind = open_ended.pop()
+        parts = get_args(kind)
+        found |= {part for part in parts if isinstance(part, str)}
+        open_ended += [part for part in parts if not isinstance(part, str)]
+    return found
