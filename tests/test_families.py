@@ -198,6 +198,27 @@ class TestContract:
         for prompt in (PROMPT, long):
             assert told.cut_words(prompt) == family.cut_words(prompt)
 
+    def test_an_outline_has_every_name_and_shape_and_reads_no_weight(
+        self, name: str, load_tiny: Load, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        family = load_tiny(name)
+        folder = copy(tiny_folder(name), tmp_path / "outlined")
+        for weights in folder.rglob("*.safetensors"):
+            weights.unlink()
+        base = Base(model=str(folder), dtype="bf16")
+        outline = families.outline(base)
+        assert list(outline) == list(family.components())
+        for part, module in family.components().items():
+            drawn = outline[part]
+            assert type(drawn) is type(module)
+            wanted = {key: value.shape for key, value in module.state_dict().items()}
+            assert {key: value.shape for key, value in drawn.state_dict().items()} == wanted
+            assert {p.dtype for p in drawn.parameters()} == {torch.bfloat16}
+            assert all(p.is_meta and not p.requires_grad for p in drawn.parameters())
+        around = families.load(base, "meta")
+        assert around.denoiser.training is False
+        assert around.facts() == family.facts()
+
     def test_a_prompt_that_just_fits_is_not_cut(self, name: str, load_tiny: Load) -> None:
         family = load_tiny(name)
         words = "a"

@@ -13,10 +13,21 @@ from tunekit.families.base import Description, Family, ModelFolder
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from tunekit.schema import Base
 
-__all__ = ["Description", "Family", "ModelFolder", "describe", "get", "load", "names", "recognise"]
+__all__ = [
+    "Description",
+    "Family",
+    "ModelFolder",
+    "describe",
+    "get",
+    "load",
+    "names",
+    "outline",
+    "recognise",
+]
 
 
 def names() -> tuple[str, ...]:
@@ -60,6 +71,16 @@ def load(base: Base, device: torch.device | str = "cpu") -> Family:
             f"{folder.summary()}; set base.family: {family.name} or leave it out"
         )
     return family.load(base, device, folder)
+
+
+def outline(base: Base) -> dict[str, nn.Module]:
+    """Return every component of the base by its diffusers name, without any weight.
+
+    They are of the real classes, in `base.dtype`, on the device "meta": built from their
+    configurations, whatever the size in no time. `load(base, "meta")` gives a family around the
+    like. Raises UserError as `load` does.
+    """
+    return load(base, "meta").components()
 
 
 def describe(base: Base) -> Description:

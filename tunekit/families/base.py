@@ -139,7 +139,15 @@ class Family(ABC):
     def load(
         cls, base: Base, device: torch.device | str = "cpu", folder: ModelFolder | None = None
     ) -> Self:
-        """Load the base, frozen, in `base.dtype` whatever the files hold; only from safetensors."""
+        """Load the base, frozen, in `base.dtype` whatever the files hold; only from safetensors.
+
+        On the device "meta" the components are built from their configurations: names, shapes and
+        classes are there, and no weight is read.
+        """
+
+    @abstractmethod
+    def components(self) -> dict[str, nn.Module]:
+        """Return every component by its diffusers name, loaded if it is not in memory."""
 
     @property
     @abstractmethod

@@ -1,0 +1,183 @@
+"""What every family over latents shares: a VAE, a denoiser, text encoders, a scheduler.
+
+A family says which components it has (`kinds`), and what is its own: recognition, the prompt's way,
+the prediction, the pipeline, the names of files.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunekit.families import _text
+from tunekit.families._parts import Parts, dtype_of, scheduler
+from tunekit.families.base import Description, Family, PromptCutWarning
+from tunekit.modelfolder import ModelFolder
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
+    from torch import Tensor, nn
+
+    from tunekit.diffusion import Schedule
+    from tunekit.schema import Base
+
+
+class Latent(Family):
+    """A family whose base is a diffusers folder, or described by one.
+
+    Read in this order: tokenizers and scheduler, from which the schedule; then all components, so
+    that a damaged file is found now and not in an hour.
+    """
+
+    kinds: ClassVar[Mapping[str, str]]
+    """Component by diffusers name -> its class's name in diffusers or transformers."""
+    tokenizer_kinds: ClassVar[Mapping[str, str]]
+    """Text encoder -> its tokenizer's class's name in transformers."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Text encoders that a base of this family may lack."""
+    denoiser_part: ClassVar[str] = "unet"
+    """The denoiser's diffusers name."""
+
+    def __init__(self, base: Base, device: torch.device, folder: ModelFolder) -> None:
+        self.label = folder.label
+        self.device = device
+        self.dtype = dtype_of(base)
+        kinds = self.held(folder.model_index)
+        self._encoders = tuple(name for name in kinds if name in self.tokenizer_kinds)
+        self._tokenizers = self._read_tokenizers(folder)
+        self.scheduler: Any = scheduler(folder)
+        self.schedule = self.read_schedule()
+        self._parts = Parts(folder, kinds, base, device)
+        self.components()
+        self.default_resolution = self.resolution(folder)
+        self.denoiser: nn.Module = self._parts[self.denoiser_part]
+
+    @classmethod
+    def held(cls, model_index: Mapping[str, Any]) -> dict[str, str]:
+        """Return `kinds` without what this base lacks."""
+        there = classes(model_index)
+        return {
+            name: kind
+            for name, kind in cls.kinds.items()
+            if name in there or name not in cls.optional
+        }
+
+    @classmethod
+    def _read_tokenizers(cls, folder: ModelFolder) -> dict[str, Any]:
+        held = cls.held(folder.model_index)
+        return {
+            encoder: _text.tokenizer(folder, encoder, kind)
+            for encoder, kind in cls.tokenizer_kinds.items()
+            if encoder in held
+        }
+
+    @classmethod
+    def resolution(cls, folder: ModelFolder) -> int:
+        """Return the edge in pixels of the pictures that the base was made for."""
+        size = folder.configs[cls.denoiser_part].get("sample_size") or 64
+        edge: int = size if isinstance(size, int) else max(size)
+        blocks = folder.configs["vae"].get("block_out_channels", [64])
+        factor: int = 2 ** (len(blocks) - 1)
+        return edge * factor
+
+    @abstractmethod
+    def read_schedule(self) -> Schedule:
+        """Return the schedule the base was trained with, by `self.scheduler`'s configuration."""
+
+    @classmethod
+    def describe(cls, folder: ModelFolder) -> Description:
+        held = [e for e in cls.tokenizer_kinds if e in cls.held(folder.model_index)]
+        folder.bring([_text.tokenizer_name(encoder) for encoder in held], [], None)
+        made = cls._read_tokenizers(folder)
+        return Description(
+            folder.label,
+            cls.size_multiple,
+            cls.resolution(folder),
+            lambda prompt: _text.unread(made, prompt),
+            made,
+        )
+
+    @classmethod
+    def load(
+        cls, base: Base, device: torch.device | str = "cpu", folder: ModelFolder | None = None
+    ) -> Self:
+        import torch
+
+        folder, device = folder or ModelFolder.open(base), torch.device(device)
+        held = cls.held(folder.model_index)
+        tokenizers = [_text.tokenizer_name(e) for e in cls.tokenizer_kinds if e in held]
+        weighted = () if device.type == "meta" else tuple(held)
+        folder.bring([*weighted, *tokenizers, "scheduler"], weighted, base.variant)
+        return cls(base, device, folder)
+
+    def components(self) -> dict[str, nn.Module]:
+        return {name: self._parts[name] for name in self._parts.kinds}
+
+    @property
+    def vae(self) -> nn.Module:
+        return self._parts["vae"]
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {name: self._parts[name] for name in self._encoders}
+
+    def release(self, *components: str) -> None:
+        for name in components:
+            assert name == "vae" or name in self._encoders, name
+        self._parts.release(*components)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        import torch
+
+        _, channels, height, width = pixels.shape
+        assert channels == 3, pixels.shape
+        assert height % self.size_multiple == width % self.size_multiple == 0, pixels.shape
+        assert -1.001 <= float(pixels.min()) <= float(pixels.max()) <= 1.001, "pixels leave -1..1"
+        vae: Any = self.vae
+        with torch.no_grad():
+            posterior = vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+            # Newer autoencoders also move the latents' middle.
+            middle = posterior.mode().float() - (getattr(vae.config, "shift_factor", None) or 0.0)
+            latents: Tensor = middle * vae.config.scaling_factor
+        return latents
+
+    def cut_words(self, prompt: str) -> str:
+        return _text.unread(self._tokenizers, prompt)
+
+    def warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Give a PromptCutWarning for each prompt whose end no text encoder reads."""
+        length = max(one.model_max_length for one in self._tokenizers.values())
+        for prompt in dict.fromkeys(prompts):
+            if cut := self.cut_words(prompt):
+                warnings.warn(
+                    f"the text encoder reads {length} tokens and never sees the end of this "
+                    f'prompt: "{cut}" (of "{prompt}")',
+                    PromptCutWarning,
+                    stacklevel=3,
+                )
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        return dict(self._tokenizers)
+
+    def use_tokenizer(self, encoder: str, tokenizer: Any) -> None:
+        assert encoder in self._tokenizers, encoder
+        self._tokenizers[encoder] = tokenizer
+
+    def tokenization(self) -> str:
+        told = {encoder: _text.told(one) for encoder, one in self._tokenizers.items()}
+        return json.dumps(told, sort_keys=True, default=str)
+
+
+def classes(model_index: Mapping[str, Any]) -> dict[str, str]:
+    """Return the class's name of each component that a model_index.json says is there."""
+    return {
+        name: value[1]
+        for name, value in model_index.items()
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None
+    }
