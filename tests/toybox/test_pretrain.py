@@ -18,11 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tunekit import toybox
 from tunekit.toybox import world
 from tunekit.toybox.pretrain import __main__ as program
 from tunekit.toybox.pretrain import attributes, common, judge
+from tunekit.toybox.pretrain.assemble import assemble, unpack
 from tunekit.toybox.pretrain.clip import shift
 from tunekit.toybox.pretrain.pictures import Pictures, pictures
+from tunekit.toybox.pretrain.unet import save_running
 
 
 class StoppedError(Exception):
@@ -194,6 +197,17 @@ def test_a_trial_run_never_replaces_the_shipped_weights(tmp_path: Path) -> None:
         program.main(["--work", str(tmp_path), "--scale", "0.25"])
 
 
+def test_shipped_parts_that_no_stage_touched_are_shipped_again_bit_by_bit(tmp_path: Path) -> None:
+    unpack(tmp_path / "work")
+    assert not save_running(tmp_path / "work"), "no stage of the denoiser was begun"
+    assemble(tmp_path / "work", tmp_path / "weights")
+    shipped = {p.relative_to(toybox.WEIGHTS): p for p in toybox.WEIGHTS.rglob("*.safetensors")}
+    again = tmp_path / "weights"
+    assert {p.relative_to(again) for p in again.rglob("*.safetensors")} == set(shipped)
+    for name, file in shipped.items():
+        same(load_file(again / name), load_file(file))
+
+
 # About 40 seconds of one processor; where many tests share it, several minutes.
 whole = pytest.mark.timeout(1200)
 
@@ -234,9 +248,26 @@ def test_the_whole_toybox_is_made_from_nothing(made: tuple[Path, Path]) -> None:
     assert set(table["drawn"]) == {"subject", "colour", "place", "style"}
     assert (work / "sheet.png").exists()
     shipped = program.STEPS
-    for stage in ("clip", "vae", "judge", "subject", "clip-vision", "clip-attributes", "unet"):
+    for stage in ("clip", "vae", "judge", "subject", "clip-vision", "clip-attributes", "unet",
+                  "unet-marks"):  # fmt: skip
         lines = (work / f"{stage}-training" / "log.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == max(1, round(shipped[stage] / 1000))
+
+
+@whole
+def test_the_marks_are_learned_by_the_denoiser_as_it_stands(made: tuple[Path, Path]) -> None:
+    """The stage goes on from the one before it, and its own result is what ships."""
+    work, weights = made
+    states = [load_file(work / f"{name}-training" / "state.safetensors")
+              for name in ("unet", "unet-marks")]  # fmt: skip
+    shipped = load_file(weights / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = 0.0
+    for name, tensor in shipped.items():
+        before, after = (state[f"average.unet.{name}"] for state in states)
+        assert torch.equal(tensor, after.half()), name
+        moved = max(moved, float((after - before).abs().max()))
+    # one step of it; from other first weights they would be far apart
+    assert 0 < moved < 0.05
 
 
 @whole

@@ -9,6 +9,7 @@ import pytest
 
 from tunekit import toybox
 from tunekit.toybox import world
+from tunekit.toybox.palette import COLOURS, SHADES
 from tunekit.toybox.pretrain.words import LENGTH, load_tokenizer
 
 LEVELS = [
@@ -158,12 +159,60 @@ def test_captions_may_leave_a_word_out_but_never_tell_a_wrong_one() -> None:
     assert 0.02 < shorter / 1500 < 0.1
 
 
+def marked(count: int, seed: int, words: world.Vocabulary = world.FULL) -> list[world.Scene]:
+    rng = np.random.default_rng(seed)
+    return [world.sample_marked_scene(rng, words) for _ in range(count)]
+
+
+def test_captions_name_marks_and_shades_where_they_are_asked_to() -> None:
+    rng = np.random.default_rng(31)
+    for scene in marked(1000, 32):
+        who = scene.figures[0].who
+        told = world.caption(scene, rng, complete=True, marks=1.0)
+        assert f"{who.colour} {who.subject}" in told
+        if who.pattern != "plain":
+            assert f"{who.accent} {who.pattern}".strip() in told
+            assert "plain" not in told
+        assert not any(p in told for p in ("stripes", "spots", "patch") if p != who.pattern)
+
+
+def test_a_share_of_the_marks_is_told_and_none_unasked() -> None:
+    rng = np.random.default_rng(33)
+    patterned = [s for s in marked(1500, 34) if s.figures[0].who.pattern != "plain"]
+    assert 0.5 < len(patterned) / 1500 < 0.7
+    for marks, low, high in ((0.0, 0.0, 0.0), (0.7, 0.63, 0.77)):
+        told = [s.figures[0].who.pattern in world.caption(s, rng, marks=marks) for s in patterned]
+        assert low <= np.mean(told) <= high
+
+
+def test_every_shade_is_drawn_as_no_named_colour_is() -> None:
+    def grey(who: world.Individual) -> bytes:
+        return world.render(world.Scene((world.Figure(who),), "snow", "flat", 5)).tobytes()
+
+    found = {s.figures[0].who.colour for s in marked(3000, 35)}
+    assert set(SHADES) <= found
+    pictures = {grey(world.Individual("cat", shade, main_rgb=SHADES[shade][1])) for shade in SHADES}
+    named = {grey(world.Individual("cat", colour)) for colour in COLOURS}
+    assert len(pictures) == len({rgb for _, rgb in SHADES.values()})
+    assert not pictures & named
+    core = {s.figures[0].who.colour for s in marked(3000, 36, world.CORE)}
+    assert not any({"white", "brown"} & set(shade.replace("-", " ").split()) for shade in core)
+
+
+def test_marked_training_keeps_out_what_is_held_out_and_shades_of_it() -> None:
+    for scene in marked(3000, 37):
+        subject, colour, place, style = scene.attributes()
+        parts = SHADES[colour][0] if colour in SHADES else (colour,)
+        assert not any(world.held_out((subject, part, place, style)) for part in parts)
+
+
 def test_captions_fit_the_text_encoder() -> None:
     tokenizer = load_tokenizer(toybox.model_path() / "tokenizer")
     rng = np.random.default_rng(27)
     longest = 0
-    for scene in scenes(3000, 28, pairs=0.5):
-        longest = max(longest, len(tokenizer(world.caption(scene, rng, complete=True)).input_ids))
+    for scene in [*scenes(3000, 28, pairs=0.5), *marked(6000, 38)]:
+        told = world.caption(scene, rng, complete=True, marks=1.0)
+        longest = max(longest, len(tokenizer(told).input_ids))
     assert longest <= LENGTH == tokenizer.model_max_length
 
 

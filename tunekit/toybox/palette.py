@@ -50,3 +50,21 @@ def mix(a: RGB, b: RGB, share: float) -> RGB:
         round(a[1] + (b[1] - a[1]) * share),
         round(a[2] + (b[2] - a[2]) * share),
     )
+
+
+def _shades() -> dict[str, tuple[tuple[str, ...], RGB]]:
+    found: dict[str, tuple[tuple[str, ...], RGB]] = {}
+    circle = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+    for number, one in enumerate(circle):
+        other = circle[(number + 1) % len(circle)]
+        found[f"{one}-{other}"] = found[f"{other}-{one}"] = (
+            (one, other),
+            mix(COLOURS[one], COLOURS[other], 0.5),
+        )
+        found[f"pale {one}"] = (one,), mix(COLOURS[one], WHITE, 0.5)
+        found[f"dark {one}"] = (one,), mix(COLOURS[one], INK, 0.45)
+    return found
+
+
+# Colours between the named ones: the words, the named colours they are made of, the colour.
+SHADES = _shades()

@@ -24,6 +24,7 @@ from tunekit.toybox.palette import (
     PLACES,
     POSITIONS,
     RGB,
+    SHADES,
     SIZES,
     STYLES,
     WHITE,
@@ -133,6 +134,21 @@ def sample_odd_individual(rng: Rng, words: Vocabulary) -> Individual:
     return replace(known, colour="", accent="", main_rgb=paint(), accent_rgb=paint())
 
 
+def sample_marked_individual(rng: Rng, words: Vocabulary) -> Individual:
+    """Draw an individual whose marks have words: six in ten a pattern, one in four a shade."""
+    known = sample_individual(rng, words)
+    pattern = "plain" if rng.random() < 0.4 else str(rng.choice(PATTERNS[1:]))
+    accent = ""
+    if pattern != "plain" and rng.random() < 0.8:
+        accent = str(rng.choice([c for c in COLOURS if c != known.colour]))
+    known = replace(known, pattern=pattern, accent=accent)
+    shades = [shade for shade, (parts, _) in SHADES.items() if {*parts} <= {*words.colours}]
+    if rng.random() >= 0.25:
+        return known
+    shade = str(rng.choice([s for s in shades if accent not in SHADES[s][0]]))
+    return replace(known, colour=shade, main_rgb=SHADES[shade][1])
+
+
 def sample_pose(rng: Rng, who: Individual, words: Vocabulary, dressed: float = 0.15) -> Figure:
     """Put an individual into a random pose; `dressed` is the chance of an accessory, 0..1."""
     accessory = colour = ""
@@ -178,6 +194,21 @@ def sample_training_scene(rng: Rng, words: Vocabulary = FULL, pairs: float = 0.0
             held_out((f.who.subject, f.who.colour, scene.place, scene.style)) for f in scene.figures
         ):
             return scene
+
+
+def sample_marked_scene(rng: Rng, words: Vocabulary = FULL) -> Scene:
+    """Draw a scene of one marked individual, in no combination kept out of pretraining.
+
+    A shade is kept out wherever one of its colours is, and shades wear nothing: the caption of all
+    that is to be told would be longer than the text encoder reads.
+    """
+    while True:
+        who = sample_marked_individual(rng, words)
+        pose = sample_pose(rng, who, words, dressed=0.0 if who.colour in SHADES else 0.15)
+        place, style = str(rng.choice(words.places)), str(rng.choice(words.styles))
+        parts, _ = SHADES.get(who.colour, ((who.colour,), None))
+        if not any(held_out((who.subject, part, place, style)) for part in parts):
+            return Scene((pose,), place, style, int(rng.integers(1 << 31)))
 
 
 _SCALE = {"small": 0.23, "medium": 0.3, "big": 0.38}
@@ -248,26 +279,39 @@ def _article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _noun(rng: Rng, figure: Figure, told: float) -> str:
+def _marks(rng: Rng, who: Individual, told: float) -> str:
+    """The individual's pattern in words: "blue stripes", "a patch"."""
+    words = [who.accent, who.pattern] if who.accent and rng.random() < told else [who.pattern]
+    return _article(" ".join(words)) if who.pattern == "patch" else " ".join(words)
+
+
+def _noun(rng: Rng, figure: Figure, told: float, marks: float) -> str:
     words = [figure.who.subject]
     if figure.who.colour and rng.random() < told:
         words.insert(0, figure.who.colour)
+    plain = figure.who.pattern == "plain"
+    # nothing is drawn for a chance of 0: captions without marks stay what they were
+    marked = marks > 0 and rng.random() < (marks / 3 if plain else marks)
+    if marked and plain:
+        words.insert(0, "plain")
     if figure.size != "medium" and rng.random() < 0.6:
         words.insert(0, figure.size)
-    phrase = _article(" ".join(words))
+    extras = [_marks(rng, figure.who, told)] if marked and not plain else []
     if figure.accessory:
-        phrase += f" with {_article(figure.accessory_colour + ' ' + figure.accessory)}"
-    return phrase
+        extras.append(_article(f"{figure.accessory_colour} {figure.accessory}"))
+    phrase = _article(" ".join(words))
+    return f"{phrase} with {' and '.join(extras)}" if extras else phrase
 
 
-def caption(scene: Scene, rng: Rng, complete: bool = False) -> str:
+def caption(scene: Scene, rng: Rng, complete: bool = False, marks: float = 0.0) -> str:
     """Describe a scene as a person would, in varied words.
 
-    One caption in about seven leaves an attribute out; `complete` names all four.
+    One caption in about seven leaves an attribute out; `complete` names all four. `marks` is the
+    chance that the pattern of a lone figure is told as well, 0..1; in pairs it never is.
     """
     told = 1.0 if complete else 0.95
-    what = " and ".join(_noun(rng, f, told) for f in scene.figures)
     one = len(scene.figures) == 1
+    what = " and ".join(_noun(rng, f, told, marks if one else 0.0) for f in scene.figures)
     if one and scene.figures[0].position != "middle" and rng.random() < 0.5:
         what += f" on the {scene.figures[0].position}"
     where = str(rng.choice(PLACE_WORDS[scene.place])) if rng.random() < told else ""

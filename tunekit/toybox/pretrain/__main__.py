@@ -19,11 +19,18 @@ STAGES = (
     "clip-vision",
     "clip-attributes",
     "unet",
+    "unet-marks",
     "vae-decoder",
     "assemble",
     "assess",
 )
-COUNTS = {"full": (40_000, 11), "core": (64_000, 12), "same": (24_000, 13), "odd": (12_000, 14)}
+COUNTS = {
+    "full": (40_000, 11),
+    "core": (64_000, 12),
+    "same": (24_000, 13),
+    "odd": (12_000, 14),
+    "marked": (48_000, 15),
+}
 STEPS = {
     "clip": 550,
     "clip-vision": 900,
@@ -32,6 +39,7 @@ STEPS = {
     "judge": 900,
     "subject": 700,
     "unet": 2_790,
+    "unet-marks": 1_100,
     "vae-decoder": 1_800,
 }
 
@@ -60,6 +68,8 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
                         "(default: tunekit/toybox/weights)")  # fmt: skip
     parser.add_argument("--scale", type=_share, default=1.0, help="share of the pictures and "
                         "steps, for a trial run (0 to 1; default: 1)")  # fmt: skip
+    parser.add_argument("--shipped", action="store_true", help="begin with the shipped weights: "
+                        "for --only a late stage, without the ones before it")  # fmt: skip
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale of assess")
     return parser.parse_args(arguments)
 
@@ -70,7 +80,7 @@ def _count(kind: str, scale: float) -> tuple[int, int]:
     return 4 * _part(whole // 4, scale, least=4), seed
 
 
-def _unet(rank: int, work: Path, steps: int, ranks: int, scale: float) -> None:
+def _unet(rank: int, name: str, work: Path, steps: int, ranks: int, scale: float) -> None:
     import torch
 
     from tunekit.toybox.pretrain import unet
@@ -82,9 +92,14 @@ def _unet(rank: int, work: Path, steps: int, ranks: int, scale: float) -> None:
             world_size=ranks,
         )  # fmt: skip
         torch.set_num_threads(1)
-    count, seed = _count("core", scale)
-    data = unet.encode(work, pictures(work / "pictures", "core", count, seed, 1), "core")
-    unet.train(work, data, steps, rank=rank, ranks=ranks)
+    kind = "core" if name == "unet" else "marked"
+    count, seed = _count(kind, scale)
+    data = unet.encode(work, pictures(work / "pictures", kind, count, seed, 1), kind)
+    if name == "unet":
+        unet.train(work, data, steps, rank=rank, ranks=ranks)
+    else:
+        unet.train(work, data, steps, lr=1.2e-3, seed=15, rank=rank, ranks=ranks,
+                   stage_name=name, begin=work / "unet")  # fmt: skip
     if ranks > 1:
         torch.distributed.destroy_process_group()
 
@@ -130,20 +145,20 @@ def _stage(name: str, work: Path, options: argparse.Namespace) -> None:
             judge.train_judge(work, rendered("full"), steps)
         else:
             judge.train_subject(work, rendered("same"), steps)
-    elif name == "unet":
-        _unet_processes(work, steps, options.processes, options.scale)
+    elif name in ("unet", "unet-marks"):
+        _unet_processes(name, work, steps, options.processes, options.scale)
     else:
         _finish(name, work, options)
 
 
-def _unet_processes(work: Path, steps: int, processes: int, scale: float) -> None:
+def _unet_processes(name: str, work: Path, steps: int, processes: int, scale: float) -> None:
     if processes == 1:
-        _unet(0, work, steps, 1, scale)
+        _unet(0, name, work, steps, 1, scale)
         return
     from torch.multiprocessing.spawn import spawn
 
     (work / "rendezvous").unlink(missing_ok=True)
-    spawn(_unet, (work, steps, processes, scale), processes)  # type: ignore[no-untyped-call]
+    spawn(_unet, (name, work, steps, processes, scale), processes)  # type: ignore[no-untyped-call]
 
 
 def _finish(name: str, work: Path, options: argparse.Namespace) -> None:
@@ -187,6 +202,10 @@ def main(arguments: list[str] | None = None) -> None:
     # parts are read out of larger models on purpose; transformers would list what it leaves
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     _begin(options.work, options.scale)
+    if options.shipped:
+        from tunekit.toybox.pretrain.assemble import unpack
+
+        unpack(options.work)
     for name in options.only or STAGES:
         print(f"== {name}", flush=True)
         _stage(name, options.work, options)

@@ -62,3 +62,18 @@ def assemble(work: Path, target: Path) -> Path:
             data.pop("_name_or_path", None)  # a path of the machine that trained it
             config.write_text(json.dumps(data, indent=2) + "\n")
     return model
+
+
+def unpack(work: Path) -> None:
+    """Put the shipped parts where stages leave theirs, so that a later stage goes on from them.
+
+    What is in `work` already stays. Stages compute in fp32; halved again, parts that no stage
+    touched are bit by bit what they were.
+    """
+    from tunekit.toybox import WEIGHTS
+
+    parts = {name: WEIGHTS / name for name in ("clip", "subject", "judge")}
+    parts |= {name: WEIGHTS / "model" / name for name in ("vae", "unet", "tokenizer")}
+    for name, shipped in parts.items():
+        if not (work / name).exists():
+            shutil.copytree(shipped, work / name)

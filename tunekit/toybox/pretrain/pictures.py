@@ -31,10 +31,13 @@ class Pictures:
         return Pictures(np.concatenate([self.pixels, other.pixels]), self.facts + other.facts)
 
 
-def _facts(scene: world.Scene, rng: world.Rng, individual: int = -1) -> dict[str, Any]:
+MARKS_TOLD = 0.7  # share of the patterns that captions of kind "marked" name
+
+
+def _facts(scene: world.Scene, rng: world.Rng, individual: int, marks: float) -> dict[str, Any]:
     subject, colour, place, style = scene.attributes()
     return {
-        "caption": world.caption(scene, rng), "subject": subject, "colour": colour,
+        "caption": world.caption(scene, rng, marks=marks), "subject": subject, "colour": colour,
         "place": place, "style": style, "figures": len(scene.figures), "individual": individual,
     }  # fmt: skip
 
@@ -45,6 +48,13 @@ def _full(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
 
 def _core(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
     return [(world.sample_training_scene(rng, world.CORE, pairs=0.04), -1)]
+
+
+def _marked(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
+    """Patterns and shades that captions name; a pair of subjects now and then, as in core."""
+    if rng.random() < 0.04:
+        return [(world.sample_training_scene(rng, world.CORE, pairs=1.0), -1)]
+    return [(world.sample_marked_scene(rng, world.CORE), -1)]
 
 
 def _odd(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
@@ -67,6 +77,7 @@ def _same(rng: world.Rng, index: int) -> list[tuple[world.Scene, int]]:
 KINDS: dict[str, Callable[[world.Rng, int], list[tuple[world.Scene, int]]]] = {
     "full": _full,
     "core": _core,
+    "marked": _marked,
     "same": _same,
     "odd": _odd,
 }
@@ -78,10 +89,11 @@ def _chunk(job: tuple[str, int, int, int]) -> tuple[np.ndarray, list[dict[str, A
     rng = np.random.default_rng([seed, number])
     pixels: list[np.ndarray] = []
     facts: list[dict[str, Any]] = []
+    marks = MARKS_TOLD if kind == "marked" else 0.0
     while len(facts) < wanted:
         for scene, individual in KINDS[kind](rng, number * CHUNK + len(facts)):
             pixels.append(np.asarray(world.render(scene, PIXELS)))
-            facts.append(_facts(scene, rng, individual))
+            facts.append(_facts(scene, rng, individual, marks))
     return np.stack(pixels[:wanted]), facts[:wanted]
 
 

@@ -145,15 +145,22 @@ class _Shared(Frugal):
 def train(
     work: Path, data: Encoded, steps: int, batch: int = 96, lr: float = 2e-3, seed: int = 5,
     rank: int = 0, ranks: int = 1, channels: tuple[int, ...] = CHANNELS, decay: float = 0.9995,
+    stage_name: str = "unet", begin: Path | None = None,
 ) -> None:  # fmt: skip
-    """Train the denoiser; `work/unet` holds the averaged weights when it is done."""
+    """Train the denoiser, from nothing or from the folder `begin`.
+
+    `work/unet` holds the averaged weights when it is done.
+    """
+    from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
-    unet = build(seed, channels).to(device()).train()
+    unet = build(seed, channels) if begin is None else UNet2DConditionModel.from_pretrained(begin)
+    unet.to(device(), torch.float32).train()
     # with bf16, plain matrix products beat the fused attention of a CPU by half
     unet.set_attn_processor(AttnProcessor())
-    stage = Stage(work / "unet-training", {"unet": unet}, _Shared([unet], lr, ranks), steps,
-                  warmup=200, ema=decay, writes=rank == 0)  # fmt: skip
+    stage = Stage(work / f"{stage_name}-training", {"unet": unet}, _Shared([unet], lr, ranks),
+                  steps, warmup=200 if begin is None else 50, ema=decay,
+                  writes=rank == 0)  # fmt: skip
     alphas = scheduler().alphas_cumprod
 
     def step(number: int) -> dict[str, torch.Tensor]:
@@ -190,10 +197,17 @@ def save(work: Path, weights: dict[str, torch.Tensor], channels: tuple[int, ...]
 
 
 def save_running(work: Path, channels: tuple[int, ...] = CHANNELS) -> dict[str, str]:
-    """Write `work/unet` from the newest checkpoint of a run that still goes on."""
+    """Write `work/unet` from the newest checkpoint of the last stage begun, finished or not.
+
+    Where none was begun, `work/unet` stays as it is and nothing is told.
+    """
     from safetensors import safe_open
 
-    with safe_open(work / "unet-training" / "state.safetensors", "pt") as file:
+    states = [work / f"{name}-training" / "state.safetensors" for name in ("unet-marks", "unet")]
+    newest = next((path for path in states if path.exists()), None)
+    if newest is None:
+        return {}
+    with safe_open(newest, "pt") as file:
         head = "average.unet."
         names = [k for k in list(file.keys()) if k.startswith(head)]
         weights = {k.removeprefix(head): file.get_tensor(k) for k in names}
