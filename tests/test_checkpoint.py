@@ -290,6 +290,24 @@ def test_a_full_disk_names_path_and_bytes_and_spoils_nothing(folder: Path) -> No
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, single.name]
 
 
+def test_room_is_looked_for_before_anything_is_written(folder: Path) -> None:
+    """A tensor of a petabyte that takes no memory: no disk here has as much."""
+    endless = {"a": torch.zeros(1).expand(2**48)}
+    with pytest.raises(
+        UserError, match=rf"step-000010: cannot be written: {2**50 + 100_000} bytes"
+    ):
+        checkpoint.save(folder, {"adapter": endless}, {})
+    assert checkpoint.read(folder).meta["step"] == 10
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(folder: Path) -> None:
+    folder.rename(folder.with_name(f".{folder.name}.replaced"))
+    checkpoint.save(folder.with_name("step-000020"), tensors(), {})
+    assert [path.name for path in checkpoint.steps(folder.parent)] == ["step-000010", "step-000020"]
+    assert checkpoint.read(folder).meta["step"] == 10
+
+
 def test_meta_that_is_no_json_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         checkpoint.save(tmp_path / "step-000001", tensors(), {"loss": float("nan")})

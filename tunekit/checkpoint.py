@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import UserError
 from tunekit.safefile import check_header
+from tunekit.wholefile import check_room, disk_errors, to_disk, whole_file, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 META = "meta.json"
 _FORMAT = 1
+_ROOM_BESIDE = 100_000  # bytes of headers, manifest and facts
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -44,36 +45,22 @@ def save(
 
     `tensors`: sets of tensors by name, such as {"adapter": ...}; `meta`: anything JSON can hold.
     The folder appears under its name only when every byte of it is on the disk; until then the old
-    one stays. Raises UserError with the path and the bytes needed where it cannot be written.
+    one stays. Raises UserError with the path and the bytes needed where it cannot be written, and
+    before anything is where the disk has not as many.
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    # Left by a process that was killed here; nobody takes them for checkpoints.
-    for left in (partial, replaced):
-        shutil.rmtree(left, ignore_errors=True)
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    try:
-        with _disk_errors(folder, needed):
-            partial.mkdir(parents=True)
-            for name, group in tensors.items():
-                assert re.fullmatch(r"[a-z][a-z0-9_]*", name), name
-                _write_tensors(partial / f"{name}.safetensors", group, None)
-            _write_json(partial / META, meta)
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in sorted(partial.iterdir())
-            }
-            _write_json(partial / MANIFEST, {"format": _FORMAT, "files": files})
-            _sync(partial)
-            if folder.exists():
-                folder.rename(replaced)
-            partial.rename(folder)
-            _sync(folder.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    needed = sum(_bytes(group) for group in tensors.values())
+    check_room(folder, needed + _ROOM_BESIDE, "make room, or keep fewer checkpoints")
+    with _disk_errors(folder, needed), whole_folder(folder) as partial:
+        for name, group in tensors.items():
+            assert re.fullmatch(r"[a-z][a-z0-9_]*", name), name
+            _write_tensors(partial / f"{name}.safetensors", group, None)
+        _write_json(partial / META, meta)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(partial.iterdir())
+        }
+        _write_json(partial / MANIFEST, {"format": _FORMAT, "files": files})
     return folder
 
 
@@ -129,7 +116,7 @@ def verify(folder: Path) -> list[str]:
                 f"{path}: has {size} bytes instead of {facts.get('bytes')}; this checkpoint is "
                 "damaged, take another one"
             )
-        if _sha256(path) != facts.get("sha256"):
+        if sha256(path) != facts.get("sha256"):
             raise UserError(
                 f"{path}: its content has changed since it was written (SHA-256 differs); this "
                 "checkpoint is damaged, take another one"
@@ -145,15 +132,12 @@ def write_safetensors(
     Raises UserError with the path and the bytes needed where the disk refuses.
     """
     path = Path(os.path.realpath(path))  # write through a link, as opening the file would
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with _disk_errors(path, sum(t.numel() * t.element_size() for t in tensors.values())):
-            _write_tensors(partial, tensors, metadata)
-            partial.replace(path)
-            _sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with _disk_errors(path, _bytes(tensors)), whole_file(path) as part:
+        _write_tensors(part, tensors, metadata)
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _write_tensors(
@@ -166,7 +150,7 @@ def _write_tensors(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, dict(metadata) if metadata else None)
     path.chmod(mode)  # safetensors leaves its files readable by the owner alone
-    _sync(path)
+    to_disk(path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -192,18 +176,17 @@ def _disk_errors(path: Path, needed: int) -> Iterator[None]:
     """Turn a disk's refusal into one line with the path and the bytes needed."""
     from safetensors import SafetensorError
 
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be written: {why} ({needed} bytes needed)") from error
+    with disk_errors(path, needed=needed):
+        try:
+            yield
+        except SafetensorError as error:
+            raise OSError(" ".join(str(error).split())) from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, sort_keys=True, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
+    to_disk(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -216,15 +199,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 as it stands in manifests, in hexadecimal; raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,7 +7,6 @@ drawn with the exported file by a fresh pipeline: the scores are those of what p
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import math
 import os
@@ -18,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit.recipe import Recipe, dump_yaml, recipe_from
-from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
+from tunekit.runfolder import EXPORT, PICTURES, RECIPE
+from tunekit.runstate import Keeper
 from tunekit.runwriter import REPORT, SAMPLES, SCORES, Log, RunWriter
+from tunekit.steering import Course
 
 if TYPE_CHECKING:
     from tunekit.evaluation.measure import Evaluation
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from tunekit.progress import Reporter
     from tunekit.resume import Point
     from tunekit.samples import Samples
-    from tunekit.train import Loop, StepRecord
 
 __all__ = ["Run", "train"]
 
@@ -117,8 +117,11 @@ def train(
         session = _Session(resolved, writer, reporter, prepared, wish, point)
         writer.check_space(session.space_needed())
         session.seconds["preparing"] = time.monotonic() - began
-        with writer.claim(overwrite, point.step if point else None):
-            return session.run()
+        with writer.claim(overwrite, point.step if point else None) as killed:
+            if killed is not None:
+                reporter.note(f"{writer.path}: the run before ({killed}) was killed")
+            with session.keeper.keeping():
+                return session.run()
 
 
 def _refuse_several_processes() -> None:
@@ -174,6 +177,7 @@ class _Session:
         self.samples = Samples(self.writer.path / SAMPLES, self.question, drawing)
         self.parameters = self.prepared.adapter.parameter_count()
         self.start = self.point.step if self.point else 0
+        self.keeper = Keeper(self.writer.path, self.start, self.recipe.train.steps)
 
     def space_needed(self) -> int:
         """Return about how many bytes the run will write: checkpoints, export, pictures."""
@@ -186,6 +190,7 @@ class _Session:
         """Train, export, evaluate and report in the claimed folder."""
         from tunekit.evaluation.facts import for_card
         from tunekit.export import ExportError, write_card
+        from tunekit.outcome import Outcome
 
         self.writer.write_text(RECIPE, dump_yaml(self.recipe))
         self.writer.write_json(PICTURES, self.prepared.manifest())
@@ -193,7 +198,7 @@ class _Session:
         refused: ExportError | None = None
         with Log(self.writer.path, self.start if self.point else None) as log:
             with self._timed("training"):
-                self._train(log)
+                self._course().train(log)
             with self._timed("exporting"):
                 try:
                     files = self._export()
@@ -205,75 +210,32 @@ class _Session:
                 evaluation = self._evaluate(files)
             self.samples.before_after(evaluation.pairs)
             log.scores(evaluation.scores["scores"], self.recipe.train.steps)
-        evaluation.scores["run"] = self._facts(files)
+        outcome = Outcome(
+            self.recipe, self.writer.path, self.prepared, self.seconds, self.parameters, files
+        )
+        evaluation.scores["run"] = outcome.facts()
         if files:
             told = for_card(evaluation.scores)
             write_card(self.recipe, files, self.prepared.resolution, told)
         self.writer.write_json(SCORES, evaluation.scores)
-        self._report(evaluation, files, log)
+        page = outcome.report(evaluation, self.samples.timelines, log.lines)
+        self.writer.write_text(REPORT, page)
         if refused is not None:
             self.reporter.note(f"{self.writer.path / REPORT} shows what came of it")
             raise refused
         return Run(self.writer.path, self.recipe, evaluation.scores, files)
 
-    def _train(self, log: Log) -> None:
-        from tunekit.train import Loop
-
-        settings, ready = self.recipe.train, self.prepared
-        encode = ready.family.encode_prompt if ready.adapter.trains_text_encoder else None
-        loop = Loop(ready.family, ready.adapter, settings, encode=encode)
-        if self.point is not None:
-            self._take_up(self.point, loop)
-        elif settings.sample_every:
-            self._sample(0, log)
-        ready.family.release(*ready.idle)
-        if self.start < settings.steps:
-            with self.wish.patiently():
-                self._steps(loop, log)
-
-    def _take_up(self, point: Point, loop: Loop) -> None:
-        """Be where the run was when `point` was saved."""
-        loop.load_state(point.saved.tensors)
-        self.samples.recall(point.step)
-        note = f"went on from {point.folder.name}; times are those of the last part alone"
-        self.prepared.notes.append(note)
-        self.reporter.note(f"{self.writer.path}: {note}")
-
-    def _steps(self, loop: Loop, log: Log) -> None:
-        from tunekit.evaluation.charts import Smoother
-        from tunekit.interrupts import Interrupted
-
-        settings, ready = self.recipe.train, self.prepared
-        smooth = Smoother.over(settings.steps)
-        with self.reporter.stage("training", settings.steps - self.start) as tick:
-            for record in loop.run(ready.batches(settings), self.start):
-                last, asked = record.step == settings.steps, self.wish.number
-                if last or record.step % settings.log_every == 0:
-                    log.step(record)
-                if last or asked or _due(record.step, settings.checkpoint_every):
-                    self._save(record.step, loop)
-                if asked and not last:
-                    raise Interrupted(
-                        f"stopped after step {record.step} of {settings.steps}, which is saved; "
-                        f"the same command with --resume goes on",
-                        asked,
-                    )
-                if last or _due(record.step, settings.sample_every):
-                    self._sample(record.step, log)
-                    ready.family.release(*ready.idle)
-                tick(_told(record, smooth(record.loss)))
-
-    def _save(self, step: int, loop: Loop) -> None:
-        from tunekit import checkpoint
-
-        folder = self.writer.path / CHECKPOINTS / f"step-{step:06d}"
-        checkpoint.save(folder, loop.state(), {"step": step})
-
-    def _sample(self, step: int, log: Log) -> None:
-        from tunekit.inference import Painter
-
-        painter = Painter.of(self.prepared.family, self.prepared.adapter)
-        log.picture("samples", self.samples.at_step(painter, step), step)
+    def _course(self) -> Course:
+        return Course(
+            self.recipe,
+            self.writer,
+            self.reporter,
+            self.prepared,
+            self.wish,
+            self.samples,
+            self.keeper,
+            self.point,
+        )
 
     def _export(self) -> list[ExportedFile]:
         from tunekit.export import export_adapter
@@ -317,81 +279,8 @@ class _Session:
                 judges,
             )
 
-    def _facts(self, files: Sequence[ExportedFile]) -> dict[str, Any]:
-        """Return what scores.json says of the run itself."""
-        from tunekit.evaluation.facts import machine, versions
-        from tunekit.train import peak_memory
-
-        made = datetime.datetime.now().astimezone().replace(microsecond=0)
-        return {
-            "name": self.recipe.name,
-            "made": made.isoformat(),
-            "seconds": {name: round(spent, 2) for name, spent in self.seconds.items()},
-            "peak_memory_bytes": peak_memory(self.prepared.device),
-            "machine": machine(self.prepared.device),
-            "versions": versions(),
-            "trained_numbers": self.parameters,
-            "files": [
-                {
-                    "path": str(file.path.relative_to(self.writer.path)),
-                    "layout": file.layout,
-                    "bytes": file.bytes,
-                    "sha256": file.sha256,
-                    "error": file.parity.error,
-                }
-                for file in files
-            ],
-        }
-
-    def _report(self, evaluation: Evaluation, files: Sequence[ExportedFile], log: Log) -> None:
-        from tunekit.data import contact
-        from tunekit.evaluation.facts import tables, verified
-        from tunekit.evaluation.report import Facts, write_report
-
-        ready, run = self.prepared, evaluation.scores["run"]
-        example = self.question.told(self.question.prompts[0])
-        facts = Facts(
-            name=self.recipe.name,
-            made=datetime.datetime.fromisoformat(run["made"]).strftime("%-d %B %Y, %H:%M"),
-            recipe=dump_yaml(self.recipe),
-            metrics=log.lines,
-            timelines=[line for line in self.samples.timelines if line.pictures],
-            tables=tables(
-                self.recipe,
-                ready.sheet,
-                ready.held_out,
-                self.parameters,
-                (self.seconds, run["peak_memory_bytes"], ready.device),
-            ),
-            files=[
-                (str(file.path.relative_to(self.writer.path)), file.bytes, verified(file))
-                for file in files
-            ],
-            command=f'tunekit generate --run {self.writer.path} --prompt "{example}"',
-            notes=ready.notes,
-            sheets=ready.looks,
-            styles=contact.styles(),
-            keepers=ready.some_keepers(),
-            kept=len(ready.keepers.examples) if ready.keepers else 0,
-        )
-        self.writer.write_text(REPORT, write_report(facts, evaluation, *ready.references))
-
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - began
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _told(record: StepRecord, loss: float) -> str:
-    """Return where training stands, in a few words."""
-    from tunekit.evaluation.report import size
-
-    return (
-        f"loss {loss:.4f}, lr {record.lr:.2e}, {record.images_per_second:.1f} images/s, "
-        f"{size(record.memory_bytes)}"
-    )

@@ -7,7 +7,6 @@ no run wrote, which is never touched. `tunekit.runfolder` reads what is written 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -19,9 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from tunekit import checkpoint
+from tunekit import checkpoint, runlock
 from tunekit.errors import UserError
 from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
+from tunekit.runlock import LOCK, Holder
+from tunekit.runstate import STATE
+from tunekit.wholefile import disk_errors, part_of, tidy, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,20 +32,11 @@ if TYPE_CHECKING:
     from tunekit.train import StepRecord
 
 METRICS, SCORES, REPORT = "metrics.jsonl", "scores.json", "report.html"
-SAMPLES, BOARD, LOCK = "samples", "tb", ".lock"
+SAMPLES, BOARD = "samples", "tb"
 _NOTHING = contextlib.nullcontext()
 _STEP = re.compile(r"step-(\d+)")
 RESULTS = frozenset({SCORES, REPORT, EXPORT})
-OURS = RESULTS | {RECIPE, PICTURES, METRICS, SAMPLES, CHECKPOINTS, BOARD, LOCK}
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn a disk's refusal into one line with the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+OURS = RESULTS | {RECIPE, PICTURES, METRICS, SAMPLES, CHECKPOINTS, BOARD, LOCK, STATE}
 
 
 class RunWriter:
@@ -63,9 +56,9 @@ class RunWriter:
         self._check_writable()
         if not self.path.is_dir():
             return
-        self._check_lock()
+        runlock.check(self.path)
         found = sorted(entry.name for entry in self.path.iterdir())
-        strange = [name for name in found if name not in OURS]
+        strange = [name for name in found if (part_of(name) or name) not in OURS]
         if strange:
             raise UserError(
                 f"{self.path}: holds {', '.join(strange[:3])}, which no run wrote; "
@@ -91,43 +84,20 @@ class RunWriter:
         return f"an unfinished run ({reached})"
 
     @contextlib.contextmanager
-    def claim(self, overwrite: bool, resume_at: int | None = None) -> Iterator[None]:
+    def claim(self, overwrite: bool, resume_at: int | None = None) -> Iterator[Holder | None]:
         """Make the folder, hold its lock, and empty it of a former run.
 
-        resume_at: the step after which a run goes on; what was written up to it stays. Raises
-        UserError as `check` does, and where another process holds the folder.
+        resume_at: the step after which a run goes on; what was written up to it stays. Gives the
+        process that was killed while it held the folder, else None. Raises UserError as `check`
+        does, and where another process holds the folder.
         """
         self.check(overwrite, resume_at is not None)
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("ab+", buffering=0)
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._taken() from None
-            with _disk_errors(self.path):
-                lock.truncate(0)
-                lock.write(f"{os.getpid()}\n".encode())
+        with runlock.hold(self.path) as left:
+            with disk_errors(self.path):
                 self._clear(resume_at)
-            try:
-                yield
-            finally:
-                lock.truncate(0)  # closing the file gives the lock back
-
-    def _check_lock(self) -> None:
-        with contextlib.suppress(FileNotFoundError), (self.path / LOCK).open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._taken() from None
-
-    def _taken(self) -> UserError:
-        process = (self.path / LOCK).read_text().strip() or "unknown"
-        return UserError(
-            f"{self.path}: another run is writing here (process {process}); wait for it, or name "
-            "another folder with --out"
-        )
+            yield left
 
     def _clear(self, resume_at: int | None) -> None:
         """Remove what a former run left, or, where it goes on, what it left after that step."""
@@ -140,7 +110,9 @@ class RunWriter:
             ]
             for path in later:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in sorted(OURS - {LOCK} if resume_at is None else RESULTS):
+        tidy(self.path / CHECKPOINTS)
+        parts = {path.name for path in self.path.iterdir() if part_of(path.name)}
+        for name in sorted((OURS - {LOCK} if resume_at is None else RESULTS) | parts):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -172,16 +144,8 @@ class RunWriter:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file whole or not at all, and return its path; UserError where disks refuse."""
-        path = self.path / name
-        partial = path.with_name(f".{name}.partial")
-        try:
-            with _disk_errors(path):
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        return path
+        write_whole(self.path / name, text)
+        return self.path / name
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
         """Write JSON as people read it, whole or not at all; NaN is refused."""
@@ -210,14 +174,12 @@ class Log:
 
         self._hook, threading.excepthook = threading.excepthook, self._heard
         try:
-            with _disk_errors(self._events):
+            with disk_errors(self._events):
                 # A later point of the former run would stand beside ours in every curve.
                 purge = None if self._after is None else self._after + 1
                 self._board = SummaryWriter(str(self._events), purge_step=purge)
-            with _disk_errors(self._metrics):
-                partial = self._metrics.with_name(f".{METRICS}.partial")
-                partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-                partial.replace(self._metrics)
+            write_whole(self._metrics, "".join(json.dumps(line) + "\n" for line in self.lines))
+            with disk_errors(self._metrics):
                 self._file = self._metrics.open("a", encoding="utf-8")
         except BaseException:
             threading.excepthook = self._hook
@@ -234,9 +196,9 @@ class Log:
         # What the disk refused before is tried once more by closing: the first refusal is told.
         told = contextlib.suppress(UserError) if isinstance(error, UserError) else _NOTHING
         with told, contextlib.ExitStack() as both:
-            both.enter_context(_disk_errors(self._events))
+            both.enter_context(disk_errors(self._events))
             both.callback(self._board.close)
-            both.enter_context(_disk_errors(self._metrics))
+            both.enter_context(disk_errors(self._metrics))
             both.callback(self._file.close)
 
     def _heard(self, told: threading.ExceptHookArgs) -> None:
@@ -247,7 +209,7 @@ class Log:
 
     @contextlib.contextmanager
     def _on_board(self) -> Iterator[SummaryWriter]:
-        with _disk_errors(self._events):
+        with disk_errors(self._events):
             yield self._board
             # Else a thread of TensorBoard does it up to two minutes later: a refusal is told late.
             self._board.flush()
@@ -268,7 +230,7 @@ class Log:
         if record.skipped:
             line["skipped"] = True
         self.lines.append(line)
-        with _disk_errors(self._metrics):
+        with disk_errors(self._metrics):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         with self._on_board() as board:

@@ -67,6 +67,10 @@ class Samples:
                     with Image.open(path) as picture:
                         timeline.pictures.append((step, picture.convert("RGB")))
 
+    def shows(self, step: int) -> bool:
+        """Return whether pictures of `step` are among the timelines'."""
+        return all(step in dict(line.pictures) for line in self.timelines)
+
     def before_after(self, pairs: Sequence[Pair]) -> Path:
         """Keep one picture to show around: the base above, what was trained below, a seed each."""
         shown = [pair for pair in pairs if pair.seed == self.seed]

@@ -1,0 +1,128 @@
+"""Whose a run's folder is: a lock that ends with its process, and the word of who holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tunekit.errors import UserError
+from tunekit.wholefile import disk_errors
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a folder, or held it when it was killed. since: ISO 8601, local."""
+
+    pid: int
+    host: str
+    since: str
+
+    @classmethod
+    def me(cls) -> Holder:
+        """Return this process."""
+        return cls(os.getpid(), socket.gethostname(), now())
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+    def here(self) -> bool:
+        """Return whether it is, or was, a process of this machine."""
+        return self.host == socket.gethostname()
+
+    def lives(self) -> bool:
+        """Return whether a process of this machine has its number."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's
+            return True
+        return True
+
+
+def now() -> str:
+    """Return this moment in local time: ISO 8601, to the second."""
+    return datetime.datetime.now().astimezone().replace(microsecond=0).isoformat()
+
+
+def holder(folder: Path) -> Holder | None:
+    """Return who holds the folder or was killed holding it; None where nobody is named."""
+    try:
+        told = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        return Holder(int(told["pid"]), str(told["host"]), str(told["since"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, RecursionError):  # empty: given back
+        return None
+
+
+def taken(folder: Path) -> Holder | None:
+    """Return who writes in the folder now, as far as can be told from this machine; else None.
+
+    A lock of this machine ends with its process, so a killed one holds nothing. Whether a process
+    of another machine lives cannot be seen from here: it counts as one that does.
+    """
+    with contextlib.suppress(FileNotFoundError), (folder / LOCK).open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return holder(folder) or Holder(0, "this machine", "unknown")
+        except OSError:  # a disk that knows no locks
+            left = holder(folder)
+            return left if left and (not left.here() or left.lives()) else None
+        left = holder(folder)
+        return left if left and not left.here() else None
+    return None
+
+
+def check(folder: Path) -> None:
+    """Raise UserError, saying who and what to do, where another process may be writing here."""
+    if held := taken(folder):
+        raise _refusal(folder, held)
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[Holder | None]:
+    """Hold the folder, which exists; gives who held it before and was killed, else None.
+
+    Raises UserError as `check` does.
+    """
+    with disk_errors(folder):
+        lock = (folder / LOCK).open("ab+", buffering=0)
+    with lock:
+        check(folder)
+        left = holder(folder)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _refusal(folder, holder(folder) or Holder.me()) from None
+        except OSError:  # a disk that knows no locks: the name in the file is all there is
+            check(folder)
+        with disk_errors(folder):
+            lock.truncate(0)
+            lock.write(f"{json.dumps(asdict(Holder.me()))}\n".encode())
+        try:
+            yield left
+        finally:
+            lock.truncate(0)  # closing the file gives the lock back
+
+
+def _refusal(folder: Path, held: Holder) -> UserError:
+    if held.here() or held.pid == 0:
+        return UserError(
+            f"{folder}: another run is writing here ({held}); wait for it, or name another folder "
+            "with --out"
+        )
+    return UserError(
+        f"{folder}: another run is writing here ({held}), as far as can be told from this machine; "
+        f"if it has ended, remove {folder / LOCK}, else name another folder with --out"
+    )
