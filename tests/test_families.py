@@ -125,7 +125,8 @@ class TestContract:
         family = load_tiny(name)
         first, second = family.pipeline(scheduler), family.pipeline(scheduler)
         assert first.scheduler is not second.scheduler, "a scheduler has state"
-        wanted = "DDIMScheduler" if scheduler in (None, "DDIMScheduler") else None
+        own = type(family.scheduler).__name__
+        wanted = {None: own, "DDIMScheduler": "DDIMScheduler"}.get(scheduler)
         wanted = wanted or SCHEDULERS[str(scheduler).lower()]
         assert type(first.scheduler).__name__ == wanted
         latents = first(PROMPT, num_inference_steps=2, output_type="latent").images
@@ -263,6 +264,174 @@ def record_denoiser(
     )
     handle.remove()
     return seen
+
+
+def plain(folder: Path) -> Any:
+    """Return diffusers' own Stable Diffusion, of the folder, where clip_skip can be called."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    encoder = pipeline.text_encoder
+    # diffusers asks for a level that transformers 5 dropped; around nn, which would own it.
+    object.__setattr__(encoder, "text_model", encoder)
+    return pipeline
+
+
+class TestBaseKeys:
+    """What a recipe says of its base beside the model."""
+
+    @pytest.mark.parametrize("guidance", [1.0, 3.0])
+    def test_clip_skip_is_what_the_pipeline_calls_so(
+        self, guidance: float, tiny_folder: Folder
+    ) -> None:
+        family = families.load(Base(model=str(tiny_folder()), clip_skip=1))
+        pipeline = plain(tiny_folder())
+        settings = {"num_inference_steps": 3, "guidance_scale": guidance, "output_type": "latent"}
+        wanted = pipeline(
+            PROMPT,
+            negative_prompt="a blue cat",
+            clip_skip=1,
+            generator=torch.Generator().manual_seed(0),
+            **settings,
+        ).images
+        ours = family.pipeline()(
+            **family.drawing(PROMPT, "a blue cat", guidance),
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+        without = pipeline(
+            PROMPT,
+            negative_prompt="a blue cat",
+            generator=torch.Generator().manual_seed(0),
+            **settings,
+        ).images
+        assert not torch.allclose(ours, without, atol=1e-4)
+        trained = family.encode_prompt([PROMPT])["encoder_hidden_states"]
+        drawn = pipeline.encode_prompt(PROMPT, "cpu", 1, False, clip_skip=1)[0]
+        torch.testing.assert_close(trained, drawn, atol=1e-5, rtol=0)
+
+    def test_clip_skip_is_told_and_part_of_what_is_cached(self, tiny_folder: Folder) -> None:
+        from tunekit import identity
+
+        usual = families.load(Base(model=str(tiny_folder())))
+        skips = families.load(Base(model=str(tiny_folder()), clip_skip=1))
+        assert "ss_clip_skip" not in usual.facts()
+        assert skips.facts()["ss_clip_skip"] == "2"
+        assert identity.of_words(usual) != identity.of_words(skips)
+        with pytest.raises(UserError, match=r"base\.clip_skip: 2 leaves nothing .* 1 to 1"):
+            families.load(Base(model=str(tiny_folder()), clip_skip=2))
+
+    def test_what_the_files_say_of_the_prediction_can_be_corrected(
+        self, tiny_folder: Folder
+    ) -> None:
+        folder = str(tiny_folder(prediction_type="epsilon"))
+        family = families.load(Base(model=folder, prediction="v_prediction"))
+        assert family.schedule.prediction_type == "v_prediction"
+        assert family.pipeline().scheduler.config.prediction_type == "v_prediction"
+        assert family.pipeline("euler").scheduler.config.prediction_type == "v_prediction"
+        wanted = families.load(Base(model=str(tiny_folder(prediction_type="v_prediction"))))
+        drawn = [
+            one.pipeline()(
+                PROMPT,
+                num_inference_steps=3,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+            ).images
+            for one in (family, wanted)
+        ]
+        assert torch.equal(*drawn)
+
+    def test_a_base_that_starts_from_pure_noise(self, tiny_folder: Folder, tmp_path: Path) -> None:
+        folder = str(tiny_folder(prediction_type="v_prediction"))
+        family = families.load(Base(model=folder, zero_terminal_snr=True))
+        assert family.schedule.alphas_cumprod[-1] == 0
+        scheduler = family.pipeline().scheduler
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps[0] == 999
+        assert scheduler.alphas_cumprod[-1] < 1e-6
+        with pytest.raises(UserError, match=r"cannot predict epsilon: set base\.prediction"):
+            families.load(Base(model=str(tiny_folder()), zero_terminal_snr=True))
+        zero = copy(Path(folder), tmp_path / "pndm")  # a sampler that cannot start there
+        path = zero / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "PNDMScheduler"}))
+        index = json.loads((zero / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "PNDMScheduler"]
+        (zero / "model_index.json").write_text(json.dumps(index))
+        family = families.load(Base(model=str(zero), zero_terminal_snr=True))
+        scheduler = family.pipeline().scheduler
+        assert type(scheduler).__name__ == "DDIMScheduler"
+        assert not scheduler.config.clip_sample
+
+
+@pytest.fixture(scope="module")
+def other(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose VAE has other weights."""
+    folder = copy(tiny_folder(), tmp_path_factory.mktemp("other") / "model")
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v + 0.01 for k, v in load_file(path).items()}, path, {"format": "pt"})
+    return folder
+
+
+class TestAnotherVae:
+    @staticmethod
+    def latents(**base: Any) -> torch.Tensor:
+        family = families.load(Base(**base))
+        pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        assert family.pipeline().vae is family.vae
+        family.release("vae")
+        return family.encode_image(pixels)
+
+    def test_from_a_model_its_own_folder_and_one_file(
+        self, other: Path, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        import ldm
+
+        base, wanted = str(tiny_folder()), self.latents(model=str(other))
+        assert not torch.allclose(wanted, self.latents(model=base), atol=1e-3)
+        whole = ldm.single_file(other, tmp_path / "whole.safetensors")
+        parts = {k: v for k, v in load_file(whole).items() if k.startswith("first_stage_model.")}
+        bare = {k.removeprefix("first_stage_model."): v for k, v in parts.items()}
+        save_file(parts, tmp_path / "part.safetensors")
+        save_file(bare, tmp_path / "bare.safetensors")
+        given = [other, other / "vae", whole, tmp_path / "part.safetensors"]
+        given += [tmp_path / "bare.safetensors", other / "vae/diffusion_pytorch_model.safetensors"]
+        for vae in given:
+            got = self.latents(model=base, vae=str(vae))
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+    def test_it_is_told_and_part_of_what_is_cached(self, other: Path, tiny_folder: Folder) -> None:
+        from tunekit import identity
+
+        usual = families.load(Base(model=str(tiny_folder())))
+        changed = families.load(Base(model=str(tiny_folder()), vae=str(other / "vae")))
+        assert changed.facts()["ss_vae_name"] == "vae"
+        assert identity.of_pictures(usual) != identity.of_pictures(changed)
+
+    def test_what_is_no_vae_is_refused(
+        self, other: Path, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        def refusal(vae: Path) -> str:
+            with pytest.raises(UserError) as caught:
+                families.load(Base(model=str(tiny_folder()), vae=str(vae)))
+            assert "\n" not in str(caught.value)
+            return str(caught.value)
+
+        assert "is no .safetensors file" in refusal(tmp_path / "none.safetensors")
+        assert "has no config.json" in refusal(tmp_path)
+        unet = other / "unet"
+        assert "is UNet2DConditionModel, and this base takes AutoencoderKL" in refusal(unet)
+        assert "base.vae" in refusal(unet / "diffusion_pytorch_model.safetensors")
+        path = copy(other / "vae", tmp_path / "short") / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        tensors.pop("encoder.conv_in.weight")
+        save_file(tensors, path, {"format": "pt"})
+        assert "1 weights are missing" in refusal(path.parent)
+        assert "weights of its vae are missing" in refusal(path)
+        (path.parent / "model.py").touch()
+        assert "carries code" in refusal(path.parent)
 
 
 class TestStableDiffusion:

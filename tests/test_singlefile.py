@@ -167,7 +167,7 @@ class TestConfiguration:
         shutil.copytree(configs, repo / "snapshots" / ("0" * 40))
         (repo / "refs").mkdir()
         (repo / "refs" / "main").write_text("0" * 40)
-        modelfolder._say.cache_clear()
+        modelfolder.say.cache_clear()
         with caplog.at_level(logging.WARNING, "tunekit"):
             family = load(whole, None)
             load(whole, None)

@@ -73,12 +73,16 @@ class Generated:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a run or a file says of how to draw with it; `name` is what its pictures go under."""
+    """What a run or a file says of how to draw with it; `name` is what its pictures go under.
+
+    clip_skip: what was trained with, whichever base is then named.
+    """
 
     base: Base | None = None
     data: Data | None = None
     evaluate: Evaluate | None = None
     name: str = "pictures"
+    clip_skip: int | None = None
 
 
 def load(
@@ -106,7 +110,8 @@ def load(
         request = Request(adapters=adapters)
     known, adapters = _resolve(request)
     if base is not None:
-        known = replace(known, base=base if isinstance(base, Base) else Base(model=str(base)))
+        named = base if isinstance(base, Base) else _named(str(base), known)
+        known = replace(known, base=named)
     painter = inference.load(_base(known), adapters, device)
     painter.settings = _settings(request, known)
     if known.data is not None:
@@ -186,8 +191,13 @@ def _resolve(request: Request) -> tuple[_Known, list[AdapterSource]]:
     else:
         known = _said_by_all([Path(a[0] if isinstance(a, tuple) else a) for a in adapters])
     if request.base is not None:
-        known = replace(known, base=Base(model=request.base))
+        known = replace(known, base=_named(request.base, known))
     return known, adapters
+
+
+def _named(model: str, known: _Known) -> Base:
+    """Return the base of this name, read as what is drawn with it was trained to."""
+    return Base(model=model, clip_skip=known.clip_skip)
 
 
 def _base(known: _Known) -> Base:
@@ -200,7 +210,8 @@ def _base(known: _Known) -> Base:
 
 
 def _of_run(run: RunFolder) -> _Known:
-    return _Known(run.recipe.base, run.recipe.data, run.recipe.evaluate, run.recipe.name)
+    recipe = run.recipe
+    return _Known(recipe.base, recipe.data, recipe.evaluate, recipe.name, recipe.base.clip_skip)
 
 
 def _said_by_all(paths: Sequence[Path]) -> _Known:
@@ -234,8 +245,8 @@ def _said_by(path: Path) -> _Known:
         warnings.warn(f"{path}: the recipe in it is not one I read: {said}", stacklevel=2)
         return _Known(name=path.stem)
     # Only the last name of a path was kept in the file: that is no place to look for a model.
-    named = base.model == BUNDLED or "/" in base.model
-    return _Known(base if named else None, data, evaluate, path.stem)
+    named = (base.model == BUNDLED or "/" in base.model) and base.vae is None
+    return _Known(base if named else None, data, evaluate, path.stem, base.clip_skip)
 
 
 def _prompts(known: _Known) -> Iterable[str]:

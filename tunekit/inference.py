@@ -178,10 +178,8 @@ class Painter:
             pipeline.set_progress_bar_config(disable=True)
             try:
                 pixels = pipeline(
-                    family.spell(prompt),
-                    negative_prompt=family.spell(settings.negative_prompt),
+                    **family.drawing(prompt, settings.negative_prompt, settings.guidance_scale),
                     num_inference_steps=settings.steps,
-                    guidance_scale=settings.guidance_scale,
                     width=width,
                     height=height,
                     generator=torch.Generator("cpu").manual_seed(seed),

@@ -250,6 +250,7 @@ def _by_diffusers(
         f"    guidance_scale={settings.guidance_scale},",
         f"    height={resolution},",
         f"    width={resolution},",
+        *([f"    clip_skip={recipe.base.clip_skip},"] if recipe.base.clip_skip else []),
         "    generator=torch.Generator().manual_seed(1),",
         ").images[0]",
     ]
@@ -275,8 +276,15 @@ def _settings(recipe: Recipe, resolution: int) -> str:
     train = recipe.train
     # The files of words say their own format: it is always fp32.
     stored = f", stored as {recipe.export.dtype}" if recipe.adapter is not None else ""
+    said = {
+        "CLIP skip": recipe.base.clip_skip,
+        "VAE": recipe.base.vae and _last_name(recipe.base.vae),
+        "the base predicts": recipe.base.prediction,
+        "the base starts from pure noise": recipe.base.zero_terminal_snr,
+    }
     rows = [
         *methods(recipe),
+        *((key, str(value)) for key, value in said.items() if value is not None),
         ("steps", f"{train.steps} of {train.batch_size * train.gradient_accumulation} pictures"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
         ("resolution", f"{resolution} pixels"),

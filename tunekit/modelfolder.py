@@ -128,9 +128,9 @@ class ModelFolder:
                     "local Hub cache nor to be had from the Hub: name a diffusers folder that has "
                     "them (its weights are not needed)"
                 ) from error
-            _say(f"{base.model}: is taken for a {default}; name base.config if it is another model")
+            say(f"{base.model}: is taken for a {default}; name base.config if it is another model")
         if singlefile.check(path):
-            _say(f"{base.model}: holds averaged (EMA) weights too; the plain ones are used")
+            say(f"{base.model}: holds averaged (EMA) weights too; the plain ones are used")
         return replace(folder, label=base.model, fetch=None, weights=path)
 
     @classmethod
@@ -146,9 +146,9 @@ class ModelFolder:
                 f"{label}: is no diffusers model folder: it has no model_index.json"
                 + (f", only {', '.join(held)}" if held else "")
             )
-        model_index = _read_json(index)
+        model_index = read_json(index)
         configs = {
-            name: _read_json(path / name / "config.json")
+            name: read_json(path / name / "config.json")
             for name in model_index
             if name.isidentifier() and (path / name / "config.json").is_file()
         }
@@ -287,11 +287,13 @@ def loading(what: str) -> Iterator[None]:
 
 
 @functools.cache  # a run loads its base more than once
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell something of a base, once."""
     logging.getLogger("tunekit").warning(line)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; UserError where it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -47,7 +47,7 @@ def _faults(objective: Objective, schedule: Schedule) -> Iterator[str]:
     if objective.prediction not in (None, kind):
         yield (
             f"prediction: {objective.prediction} is not what this base predicts ({kind}); leave it "
-            "out, or choose another base"
+            "out, choose another base, or correct what it says of itself with base.prediction"
         )
     if objective.zero_terminal_snr and (why := zero_terminal_fault(kind)):
         yield f"zero_terminal_snr: {why}"

@@ -111,9 +111,9 @@ def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
     looked = list(dict.fromkeys(os.path.abspath(root / Path(text).expanduser()) for root in roots))
     is_file = kind == "embedding" or (kind == "model" and names_file(text))
     what = "file" if is_file else "folder"
-    what = "folder or file" if kind == "pictures" else what
+    what = "folder or file" if kind in ("part", "pictures") else what
     problem = f'there is no {what} "{text}" (looked for {", ".join(looked)})'
-    if kind in ("folder", "embedding"):
+    if kind in ("folder", "part", "embedding"):
         return problem
     if kind == "pictures":
         on_hub = f"; a dataset on the Hub is written dataset: {text}"

@@ -72,6 +72,34 @@ class Base(Section):
     variant: str | None = Field(
         None, description="Weight variant of a Hub id or folder, such as `fp16`; null: none."
     )
+    vae: str | None = Field(
+        None,
+        min_length=1,
+        description="Another VAE than the base's own: its diffusers folder, a model's folder that "
+        "has one, or a `.safetensors` file; null: the base's own.",
+        json_schema_extra=also("vae_name_or_path", "pretrained_vae_model_name_or_path")
+        | holds_path("part"),
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=31,
+        description="How many of CLIP's last layers a prompt skips, from 1, as diffusers counts; "
+        "A1111 and sd-scripts count one more. null: as the base was trained.",
+    )
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        None,
+        description="What the base predicts, where its scheduler's configuration says it wrong; "
+        "null: what that says.",
+        json_schema_extra=also("v_pred", "v_parameterization", "prediction_type"),
+    )
+    zero_terminal_snr: bool | None = Field(
+        None,
+        description="Whether the base was trained to start from pure noise (Lin et al. 2023), "
+        "where its scheduler's configuration says it wrong; then drawn with DDIM where its own "
+        "sampler cannot. null: what that says.",
+        json_schema_extra=also("ztsnr", "rescale_betas_zero_snr"),
+    )
     dtype: Precision = Field(
         "fp32",
         description="Number format the frozen base is held in. fp16 and bf16 halve its memory.",

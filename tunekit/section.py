@@ -21,12 +21,16 @@ def also(*words: str) -> dict[str, JsonValue]:
     return {"x-also": list(words)}
 
 
-def holds_path(kind: Literal["folder", "model", "pictures", "embedding"]) -> dict[str, JsonValue]:
+Place = Literal["folder", "model", "part", "pictures", "embedding"]
+
+
+def holds_path(kind: Place) -> dict[str, JsonValue]:
     """Return `json_schema_extra` that marks what may be a path, to be looked for on this disk.
 
-    "folder": a folder that must be there. "model": `toybox`, a path that must be there, or a
-    Hub id. "pictures": a folder or a file, where `*` stands for anything in a file's name.
-    "embedding": a .safetensors file that must be there, or words.
+    "folder": a folder that must be there. "part": a folder or a file that must be there. "model":
+    `toybox`, a path that must be there, or a Hub id. "pictures": a folder or a file, where `*`
+    stands for anything in a file's name. "embedding": a .safetensors file that must be there, or
+    words.
     """
     return {"x-path": kind}
 

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 _DENOISER = "model.diffusion_model."
 _AVERAGED = "model_ema."
-# The tensors of each component, where the file has one for each of ours.
+# The tensors of each component; those of OpenCLIP that diffusers leaves out are not counted.
 _HELD = {
     "unet": re.escape(_DENOISER),
-    "vae": r"(first_stage_model|vae)\.(encoder|decoder|quant_conv|post_quant_conv)\.",
-    "text_encoder": r"cond_stage_model\.transformer\.text_model\.(?!embeddings\.position_ids$)",
+    "vae": r"((first_stage_model|vae)\.)?(encoder|decoder|quant_conv|post_quant_conv)\.",
+    "text_encoder": r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_model\."
+    r"(?!embeddings\.position_ids$)"
+    r"|cond_stage_model\.model\.(?!logit_scale$|text_projection$|transformer\.resblocks\.23\.)",
+    "text_encoder_2": r"conditioner\.embedders\.1\.model\.(?!logit_scale$)",
 }
+_FUSED = ("in_proj_weight", "in_proj_bias")  # OpenCLIP: three of ours in one
+# What checkpoints that predict a velocity, or start from pure noise, carry to say so.
+_MARKS = {"v_pred": "prediction", "ztsnr": "zero_terminal_snr"}
 
 
 def check(path: Path) -> bool:
@@ -43,6 +49,14 @@ def check(path: Path) -> bool:
     return any(name.startswith(_AVERAGED) for name in names)
 
 
+def marks(path: Path) -> frozenset[str]:
+    """Return which keys of `base` a file answers itself: "prediction", "zero_terminal_snr".
+
+    The first then is v_prediction, the second true.
+    """
+    return frozenset(key for name, key in _MARKS.items() if name in tensor_names(path))
+
+
 def default_config(path: Path) -> str:
     """Return the Hub id whose configuration diffusers takes for a file, told from its tensors."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
@@ -54,10 +68,13 @@ def default_config(path: Path) -> str:
     return found
 
 
-def load(kind: Any, path: Path, configs: Path, name: str, dtype: torch.dtype) -> nn.Module:
+def load(
+    kind: Any, path: Path, configs: Path, name: str, dtype: torch.dtype, key: str = "base.config"
+) -> nn.Module:
     """Return a component of the file, with every one of its weights.
 
-    kind: its class; configs: a diffusers folder that describes it in its folder `name`.
+    kind: its class; configs: a diffusers folder that describes it in its folder `name`. key: what
+    the user would change in the recipe where the two do not belong together.
     Raises UserError where weights are missing, have no place, or are not those of this class.
     """
     from diffusers.loaders import single_file_utils
@@ -74,7 +91,7 @@ def load(kind: Any, path: Path, configs: Path, name: str, dtype: torch.dtype) ->
         else:
             module = single_file_utils.create_diffusers_clip_model_from_ldm(kind, tensors, **what)
     except NotImplementedError:  # torch's word for moving a weight that was never read
-        raise _incomplete(path, name, configs) from None
+        raise _incomplete(path, name, configs, key) from None
     except (
         OSError,
         ValueError,
@@ -86,26 +103,29 @@ def load(kind: Any, path: Path, configs: Path, name: str, dtype: torch.dtype) ->
         line = " ".join(str(error).split()).partition(" If you want to")[0]
         raise UserError(
             f"{path}: its {name} cannot be loaded as {configs / name} describes it: {line[:300]}; "
-            "is base.config that of this model?"
+            f"is {key} that of this model?"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
     if any(parameter.is_meta for parameter in module.parameters()):
-        raise _incomplete(path, name, configs)
+        raise _incomplete(path, name, configs, key)
     # A configuration of fewer layers takes what it needs and leaves the others behind.
-    held, used = sum(1 for key in tensors if re.match(_HELD[name], key)), len(module.state_dict())
+    held = sum(
+        3 if tensor.endswith(_FUSED) else 1 for tensor in tensors if re.match(_HELD[name], tensor)
+    )
+    used = len(module.state_dict())
     if held > used:
         raise UserError(
             f"{path}: holds {held} weights of its {name}, but {configs / name} describes one of "
-            f"{used}; set base.config to the configuration of this model"
+            f"{used}; set {key} to the one that belongs here"
         )
     return module
 
 
-def _incomplete(path: Path, name: str, configs: Path) -> UserError:
+def _incomplete(path: Path, name: str, configs: Path, key: str) -> UserError:
     return UserError(
         f"{path}: weights of its {name} are missing, as {configs / name} describes it; the file is "
-        "incomplete, or base.config is of another model"
+        f"incomplete, or {key} is of another model"
     )
 
 

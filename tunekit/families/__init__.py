@@ -49,6 +49,12 @@ def recognise(folder: Path | ModelFolder) -> type[Family]:
     families = [get(name) for name in names()]
     fitting = [family for family in families if family.recognise(found.model_index, found.configs)]
     if not fitting:
+        for family in families:
+            if kin := family.relative(found.model_index, found.configs):
+                raise UserError(
+                    f"{found.label}: is {kin}; tunekit cannot teach it (it holds "
+                    f"{found.summary()}): take the base that draws from words alone"
+                )
         raise UserError(
             f"{found.label}: holds {found.summary()}, which tunekit cannot teach; "
             f"it needs {_either(f.needs for f in families)}"

@@ -10,8 +10,10 @@ import json
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tunekit.errors import UserError
 from tunekit.families import _text
 from tunekit.families._parts import Parts, dtype_of, scheduler
 from tunekit.families.base import Description, Family, PromptCutWarning
@@ -42,6 +44,9 @@ class Latent(Family):
     """Text encoders that a base of this family may lack."""
     denoiser_part: ClassVar[str] = "unet"
     """The denoiser's diffusers name."""
+    clip_back: ClassVar[int | None] = None
+    """How many layers before CLIP's last are read where base.clip_skip says nothing; None: it
+    cannot say anything."""
 
     def __init__(self, base: Base, device: torch.device, folder: ModelFolder) -> None:
         self.label = folder.label
@@ -50,11 +55,20 @@ class Latent(Family):
         kinds = self.held(folder.model_index)
         self._encoders = tuple(name for name in kinds if name in self.tokenizer_kinds)
         self._tokenizers = self._read_tokenizers(folder)
-        self.scheduler: Any = scheduler(folder)
+        self.scheduler: Any = scheduler(folder, self.scheduler_settings(base, folder))
         self.schedule = self.read_schedule()
         self._parts = Parts(folder, kinds, base, device)
         self.components()
+        self._other_vae = base.vae
+        if base.vae is not None:
+            self._check_vae(folder)
+        self.clip_skip = base.clip_skip
+        if base.clip_skip is not None:
+            self._check_clip_skip(base.clip_skip)
         self.default_resolution = self.resolution(folder)
+        blocks = folder.configs["vae"].get("block_out_channels", [64])
+        self.latent_pixels: int = 2 ** (len(blocks) - 1)
+        """How many pixels wide and high a latent's cell is."""
         self.denoiser: nn.Module = self._parts[self.denoiser_part]
 
     @classmethod
@@ -84,6 +98,43 @@ class Latent(Family):
         blocks = folder.configs["vae"].get("block_out_channels", [64])
         factor: int = 2 ** (len(blocks) - 1)
         return edge * factor
+
+    def _check_vae(self, folder: ModelFolder) -> None:
+        """Refuse another VAE than the denoiser could read the latents of."""
+        vae: Any = self.vae
+        own = folder.configs["vae"]
+        told = [
+            (vae.config.latent_channels, own.get("latent_channels", 4), "latent channels"),
+            (
+                len(vae.config.block_out_channels),
+                len(own.get("block_out_channels", [64])),
+                "levels",
+            ),
+        ]
+        for found, needed, what in told:
+            if found != needed:
+                raise UserError(
+                    f"base.vae: {self._other_vae} has {found} {what}; {self.label} needs {needed}"
+                )
+
+    def _check_clip_skip(self, skip: int) -> None:
+        if self.clip_back is None:
+            raise UserError(f"base.clip_skip: means nothing to {self.label}; leave it out")
+        configs: list[Any] = [encoder.config for encoder in self.text_encoders.values()]
+        layers = min(config.num_hidden_layers for config in configs)
+        most = layers - 1 - self.clip_back
+        if skip > most:
+            raise UserError(
+                f"base.clip_skip: {skip} leaves nothing of the {layers} layers of {self.label}; "
+                f"it can be 1 to {most}"
+            )
+
+    def scheduler_settings(self, base: Base, folder: ModelFolder) -> dict[str, Any]:
+        """Return what stands in the scheduler's configuration in place of what the folder says."""
+        for key in ("prediction", "zero_terminal_snr"):
+            if getattr(base, key) is not None:
+                raise UserError(f"base.{key}: means nothing to {folder.label}; leave it out")
+        return {}
 
     @abstractmethod
     def read_schedule(self) -> Schedule:
@@ -115,6 +166,17 @@ class Latent(Family):
         folder.bring([*weighted, *tokenizers, "scheduler"], weighted, base.variant)
         return cls(base, device, folder)
 
+    def base_facts(self) -> dict[str, str]:
+        """Return the metadata that says how the recipe's base differs from its files."""
+        facts = {}
+        if self.clip_skip is not None:
+            assert self.clip_back is not None
+            # A1111 and sd-scripts count from the last layer, which is 1.
+            facts["ss_clip_skip"] = str(self.clip_skip + self.clip_back + 1)
+        if self._other_vae is not None:
+            facts["ss_vae_name"] = Path(self._other_vae).name
+        return facts
+
     def components(self) -> dict[str, nn.Module]:
         return {name: self._parts[name] for name in self._parts.kinds}
 
@@ -139,8 +201,12 @@ class Latent(Family):
         assert height % self.size_multiple == width % self.size_multiple == 0, pixels.shape
         assert -1.001 <= float(pixels.min()) <= float(pixels.max()) <= 1.001, "pixels leave -1..1"
         vae: Any = self.vae
+        # Some autoencoders overflow in half precision, and say so.
+        wide = self.dtype == torch.float16 and vae.config.force_upcast
         with torch.no_grad():
-            posterior = vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+            dtype = torch.float32 if wide else self.dtype
+            posterior = vae.to(dtype).encode(pixels.to(self.device, dtype)).latent_dist
+            vae.to(self.dtype)
             # Newer autoencoders also move the latents' middle.
             middle = posterior.mode().float() - (getattr(vae.config, "shift_factor", None) or 0.0)
             latents: Tensor = middle * vae.config.scaling_factor
@@ -170,7 +236,8 @@ class Latent(Family):
         self._tokenizers[encoder] = tokenizer
 
     def tokenization(self) -> str:
-        told = {encoder: _text.told(one) for encoder, one in self._tokenizers.items()}
+        told: dict[str, Any] = {e: _text.told(one) for e, one in self._tokenizers.items()}
+        told["clip_skip"] = self.clip_skip
         return json.dumps(told, sort_keys=True, default=str)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit import singlefile
 from tunekit.errors import UserError
-from tunekit.modelfolder import ModelFolder, loading
+from tunekit.modelfolder import ModelFolder, loading, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,7 @@ class Parts:
         self.dtype = dtype_of(base)
         self._folder = folder
         self._variant = base.variant
+        self._others = {"vae": Path(base.vae).expanduser()} if base.vae is not None else {}
         self._loaded: dict[str, nn.Module] = {}
         self._counts: dict[str, int] = {}
 
@@ -68,11 +71,46 @@ class Parts:
 
     def _read(self, name: str) -> nn.Module:
         kind, folder = class_of(self.kinds[name]), self._folder
+        if name in self._others:
+            return self._read_other(kind, name)
         if self.device.type == "meta":
             return _outlined(kind, folder, name).to(self.dtype)
         if folder.weights is not None:
             return singlefile.load(kind, folder.weights, folder.path, name, self.dtype)
         return _from_folder(kind, folder, name, self.dtype, self._variant)
+
+    def _read_other(self, kind: Any, name: str) -> nn.Module:
+        """Return the component that the recipe puts in the place of the base's own."""
+        key, path = f"base.{name}", self._others[name]
+        if path.is_dir():
+            folder = other_folder(path, name)
+            if folder.configs[name].get("_class_name", kind.__name__) != kind.__name__:
+                raise UserError(
+                    f"{key}: {path} is {folder.configs[name]['_class_name']}, and this base takes "
+                    f"{kind.__name__}"
+                )
+            if self.device.type == "meta":
+                return _outlined(kind, folder, name).to(self.dtype)
+            where = "" if folder.path == path and (path / "config.json").is_file() else name
+            return _from_folder(kind, folder, name, self.dtype, None, where)
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise UserError(
+                f"{key}: {path} is no .safetensors file and no folder that is there; nothing else "
+                "is read"
+            )
+        if self.device.type == "meta":
+            return _outlined(kind, self._folder, name).to(self.dtype)
+        return singlefile.load(kind, path, self._folder.path, name, self.dtype, key)
+
+
+def other_folder(path: Path, name: str) -> ModelFolder:
+    """Return a component's own folder, or that of a model which has one; UserError without."""
+    for place in (path, path / name):
+        if (place / "config.json").is_file():
+            folder = ModelFolder(path, str(path), {}, {name: read_json(place / "config.json")})
+            folder.refuse_code()
+            return folder
+    raise UserError(f"base.{name}: {path} has no config.json, nor has its folder {name}")
 
 
 def dtype_of(base: Base) -> torch.dtype:
@@ -107,34 +145,46 @@ def _outlined(kind: Any, folder: ModelFolder, name: str) -> nn.Module:
 
 
 def _from_folder(
-    kind: Any, folder: ModelFolder, name: str, dtype: torch.dtype, variant: str | None
+    kind: Any,
+    folder: ModelFolder,
+    name: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    where: str | None = None,
 ) -> nn.Module:
-    """Return a component with every one of its weights read from the folder's safetensors."""
+    """Return a component with every one of its weights read from the folder's safetensors.
+
+    where: its place in the folder, where it is not called as the component is.
+    """
     # The two libraries call it by two names.
     precision = "torch_dtype" if hasattr(kind, "from_config") else "dtype"
-    where: dict[str, Any] = {"subfolder": name, "use_safetensors": True, "variant": variant}
-    where[precision] = dtype
-    with loading(str(folder.path / name)), quiet():
-        module, report = kind.from_pretrained(folder.path, output_loading_info=True, **where)
+    place = name if where is None else where
+    what: dict[str, Any] = {"subfolder": place, "use_safetensors": True, "variant": variant}
+    what[precision] = dtype
+    with loading(str(folder.path / place)), quiet():
+        module, report = kind.from_pretrained(folder.path, output_loading_info=True, **what)
     # The libraries fill a missing weight with random numbers and go on.
     if missing := sorted(set(report["missing_keys"]) - set(_TIED)):
         raise UserError(
-            f"{folder.path / name}: {len(missing)} weights are missing, such as {missing[0]}; "
+            f"{folder.path / place}: {len(missing)} weights are missing, such as {missing[0]}; "
             "the folder is incomplete or was saved under names this version does not read"
         )
     # And drop weights that the configuration has no place for, such as whole blocks.
     unused = sorted(key for key in report["unexpected_keys"] if not key.endswith(_HARMLESS))
     if unused:
         raise UserError(
-            f"{folder.path / name}: its config.json has no place for {len(unused)} of the weights, "
-            f"such as {unused[0]}; configuration and weights do not belong together"
+            f"{folder.path / place}: its config.json has no place for {len(unused)} of the "
+            f"weights, such as {unused[0]}; configuration and weights do not belong together"
         )
     loaded: nn.Module = module
     return loaded
 
 
-def scheduler(folder: ModelFolder) -> Any:
-    """Return the sampler that the folder names, with its configuration."""
+def scheduler(folder: ModelFolder, settings: Mapping[str, Any]) -> Any:
+    """Return the sampler that the folder names, by its configuration with `settings` over it.
+
+    DDIM takes its place where it does not know one of the settings.
+    """
     import diffusers
 
     name = folder.model_index["scheduler"][1]
@@ -142,7 +192,10 @@ def scheduler(folder: ModelFolder) -> Any:
     if kind is None:
         raise UserError(f"{folder.label}: model_index.json names no scheduler of diffusers: {name}")
     with loading(f"{folder.label}: scheduler"):
-        return kind.from_pretrained(folder.path, subfolder="scheduler", local_files_only=True)
+        made = kind.from_pretrained(folder.path, subfolder="scheduler", local_files_only=True)
+        if settings.keys() - inspect.signature(kind).parameters.keys():
+            kind, settings = diffusers.DDIMScheduler, {**settings, "clip_sample": False}
+        return kind.from_config({**made.config, **settings}) if settings else made
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from tunekit import singlefile
 from tunekit.errors import UserError
 from tunekit.families._latent import Latent
-from tunekit.modelfolder import loading
+from tunekit.modelfolder import ModelFolder, loading, say
 
 if TYPE_CHECKING:
     from tunekit.diffusion import NoiseSchedule
+    from tunekit.schema import Base
 
 _ATTENTION = (r"attn[12]\.to_(q|k|v|out\.0)",)
 _MLP = (r"ff\.net\.(0\.proj|2)", r"attentions\.\d+\.proj_(in|out)")
@@ -42,6 +44,31 @@ class UNet(Latent):
     }
     schedule: NoiseSchedule
 
+    @staticmethod
+    def variant_of(unet: Mapping[str, Any]) -> str | None:
+        """Return what a U-Net is that takes more than noisy latents; None where it takes these."""
+        kinds = {9: "an inpainting base, whose denoiser is given a mask beside the picture"}
+        kinds |= {7: "an upscaler", 8: "a base that edits pictures by instructions"}
+        return kinds.get(unet.get("in_channels", 4))
+
+    def scheduler_settings(self, base: Base, folder: ModelFolder) -> dict[str, Any]:
+        prediction, zero = base.prediction, base.zero_terminal_snr
+        marks = singlefile.marks(folder.weights) if folder.weights is not None else frozenset()
+        if prediction is None and "prediction" in marks:
+            prediction = "v_prediction"
+            say(f"{folder.label}: is marked as predicting a velocity, and taken so")
+        if zero is None and "zero_terminal_snr" in marks:
+            zero = True
+            say(f"{folder.label}: is marked as starting from pure noise, and taken so")
+        settings: dict[str, Any] = {}
+        if prediction is not None:
+            settings["prediction_type"] = prediction
+        if zero is not None:
+            settings["rescale_betas_zero_snr"] = zero
+        if zero:
+            settings["timestep_spacing"] = "trailing"  # so that drawing begins at the last timestep
+        return settings
+
     def read_schedule(self) -> NoiseSchedule:
         """Return the schedule the base was trained with, whatever sampler the folder names."""
         from diffusers import DDPMScheduler
@@ -56,4 +83,11 @@ class UNet(Latent):
                 f"{self.label}: scheduler/scheduler_config.json says prediction_type {kind}; "
                 f"tunekit trains {', '.join(PREDICTION_TYPES)}"
             )
-        return NoiseSchedule(trained.alphas_cumprod.float(), kind)
+        alphas = trained.alphas_cumprod.float()
+        if kind == "epsilon" and bool((alphas == 0).any()):
+            raise UserError(
+                f"{self.label}: its schedule ends in pure noise, which says nothing of the "
+                "picture, so it cannot predict epsilon: set base.prediction: v_prediction or "
+                "base.zero_terminal_snr: false"
+            )
+        return NoiseSchedule(alphas, kind)

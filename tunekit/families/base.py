@@ -130,6 +130,13 @@ class Family(ABC):
         """Say whether a folder with this model_index.json and these component configs is ours."""
 
     @classmethod
+    def relative(
+        cls, model_index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    ) -> str | None:
+        """Return, in words, which relative of this family a folder is that cannot be taught."""
+        return None
+
+    @classmethod
     @abstractmethod
     def describe(cls, folder: ModelFolder) -> Description:
         """Return what a folder of this family says by its configuration and tokenizers alone."""
@@ -196,10 +203,18 @@ class Family(ABC):
 
     @abstractmethod
     def tokenization(self) -> str:
-        """Return as text all that decides which tokens a prompt becomes.
+        """Return as text which tokens a prompt becomes, and which layers of the encoders are read.
 
         With the encoders' weights it decides `encode_prompt`; conditioning is cached by both.
         """
+
+    def with_sizes(self, conditioning: Conditioning, sizes: Tensor) -> Conditioning:
+        """Return `conditioning` with what the denoiser is told of pictures' sizes and crops.
+
+        sizes: [B, 6] int64, as in `Batch.sizes`. As it is, where the denoiser is told nothing;
+        where it is told, `predict` without them takes the pictures for whole.
+        """
+        return conditioning
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -212,6 +227,18 @@ class Family(ABC):
         `scheduler`: a name of `SCHEDULERS` or a diffusers class name; None: the base's own. Every
         call returns a scheduler of its own. Raises UserError on an unknown name.
         """
+
+    def drawing(self, prompt: str, negative_prompt: str, guidance_scale: float) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that say what is drawn, and how strongly.
+
+        prompt, negative_prompt: as people write them. An empty negative prompt is none: the
+        pipeline then takes what it takes without one.
+        """
+        return {
+            "prompt": self.spell(prompt),
+            "negative_prompt": self.spell(negative_prompt) or None,
+            "guidance_scale": guidance_scale,
+        }
 
     @abstractmethod
     def release(self, *components: str) -> None:

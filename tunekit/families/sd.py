@@ -31,6 +31,7 @@ class StableDiffusion(UNet):
         "vae": "AutoencoderKL",
         "text_encoder": "CLIPTextModel",
     }
+    clip_back = 0
     tokenizer_kinds: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTokenizer"}
 
     @classmethod
@@ -50,14 +51,34 @@ class StableDiffusion(UNet):
             and unet.get("class_embed_type") is None
         )
 
+    @classmethod
+    def relative(
+        cls, model_index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    ) -> str | None:
+        there = classes(model_index)
+        if there.get("text_encoder") != "CLIPTextModel" or "text_encoder_2" in there:
+            return None
+        return cls.variant_of(configs.get("unet", {})) if "unet" in there else None
+
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         self.warn_of_cuts(prompts)
+        return {HIDDEN: self._states(prompts, self.clip_skip)}
+
+    def _states(self, prompts: Sequence[str], skip: int | None) -> Tensor:
+        """Return the states [B, length, width] of the last layer, or of one so many before it."""
         encoder: Any = self.text_encoders["text_encoder"]
         tokens = _text.tokens(self._tokenizers["text_encoder"], prompts)
         # Stable Diffusion was trained without the mask; a few bases ask for it.
         masked = getattr(encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if masked else None
-        return {HIDDEN: encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]}
+        ids = tokens.input_ids.to(self.device)
+        if skip is None:
+            last: Tensor = encoder(ids, attention_mask=mask)[0]
+            return last
+        states, _ = _text.clip_layer(encoder, ids, skip, mask)
+        # The denoiser knows states as they are behind the last norm.
+        normed: Tensor = getattr(encoder, "text_model", encoder).final_layer_norm(states)
+        return normed
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = self.denoiser(
@@ -67,6 +88,17 @@ class StableDiffusion(UNet):
             return_dict=False,
         )[0]
         return prediction
+
+    def drawing(self, prompt: str, negative_prompt: str, guidance_scale: float) -> dict[str, Any]:
+        if self.clip_skip is None:
+            return super().drawing(prompt, negative_prompt, guidance_scale)
+        # diffusers 0.42 looks for a level of CLIPTextModel that transformers 5 dropped; so what its
+        # pipeline would make of the prompts, where only the positive one skips, is made here.
+        return {
+            "prompt_embeds": self._states([prompt], self.clip_skip),
+            "negative_prompt_embeds": self._states([negative_prompt], None),
+            "guidance_scale": guidance_scale,
+        }
 
     def pipeline(self, scheduler: str | None = None) -> Any:
         from diffusers import StableDiffusionPipeline
@@ -110,4 +142,5 @@ class StableDiffusion(UNet):
             "modelspec.prediction_type": "v" if velocity else self.schedule.prediction_type,
             "ss_base_model_version": version,
             "ss_v2": str(width == 1024),
+            **self.base_facts(),
         }
