@@ -84,6 +84,18 @@ def test_shift_and_its_yardstick() -> None:
     assert scores.seed_spread(at(0)) is None
 
 
+def test_diversity_is_a_share_of_the_base_s_own() -> None:
+    base = at(0, 60)  # half a cosine apart
+    assert scores.diversity(base, base) == pytest.approx(1)
+    assert scores.diversity(at(0, 90), base) == pytest.approx(2, abs=1e-5)  # more is told, not cut
+    assert scores.diversity(at(10, 10, 10), base) == pytest.approx(0, abs=1e-5)
+    some = scores.diversity(at(0, 60, 0), base)  # of three pairs, one is alike
+    assert some == pytest.approx(2 / 3, abs=1e-5)
+    assert scores.diversity(at(0), base) is None
+    assert scores.diversity(base, at(0)) is None
+    assert scores.diversity(base, at(5, 5)) is None  # a base that draws one picture has none
+
+
 def test_nearest_training_picture() -> None:
     (index, similarity), (other, _) = scores.nearest(at(50, 5), at(0, 60, 90))
     assert (index, other) == (1, 0)

@@ -143,6 +143,20 @@ def seed_spread(pictures: Tensor) -> float | None:
     return 1 - float(cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
 
 
+def diversity(pictures: Tensor, base: Tensor) -> float | None:
+    """Return how much pictures of one prompt differ among themselves, as a share of the base's.
+
+    [N, D] with the adapter and [M, D] without, of one prompt and different seeds: 1 is the base's
+    own diversity, 0 the same picture for every seed, which is where a class ends that training
+    without pictures of it wears down (Ruiz et al., CVPR 2023, section 4.3: the diversity that the
+    prior preserves). None for fewer than two rows on a side, or a base that draws one picture.
+    """
+    after, before = seed_spread(pictures), seed_spread(base)
+    if after is None or before is None or before < SMALLEST_GAP:
+        return None
+    return after / before
+
+
 def nearest(pictures: Tensor, references: Tensor) -> list[tuple[int, float]]:
     """Return (index, cosine) of the nearest training picture of each picture.
 
