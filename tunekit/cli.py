@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 # A disk that is full or may not be written to is for the user to mend, whoever ran into it.
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+# So is a name that leads nowhere.
+_MENDABLE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 LATEST = "latest"
 
 
@@ -32,9 +34,12 @@ def main() -> NoReturn:
         app(_with_latest(sys.argv[1:]))
     except UserError as exc:
         from tunekit.data.records import printable
+        from tunekit.redaction import without_secrets
 
         # What is named in it may be anybody's: a file's name may hold what drives a terminal.
-        typer.echo("\n".join(map(printable, str(exc).split("\n"))), err=True)
+        # So may a secret be: a password in a URL, or a token.
+        told = without_secrets(str(exc))
+        typer.echo("\n".join(map(printable, told.split("\n"))), err=True)
     except OSError as exc:
         if exc.errno not in _MENDABLE:
             raise

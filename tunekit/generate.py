@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tunekit import inference
+from tunekit import hub, inference
 from tunekit.checkpoint import read_safetensors
 from tunekit.data.captions import fill
 from tunekit.errors import UserError
@@ -240,12 +240,14 @@ def _said_by(path: Path) -> _Known:
         base = Base.model_validate(tree["base"])
         data = Data.model_validate(tree["data"])
         evaluate = Evaluate.model_validate(tree["evaluate"])
-    except (ValidationError, ValueError, KeyError, TypeError) as fault:
+    except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as fault:
         said = " ".join(str(fault).split())[:200]
         warnings.warn(f"{path}: the recipe in it is not one I read: {said}", stacklevel=2)
         return _Known(name=path.stem)
-    # Only the last name of a path was kept in the file: that is no place to look for a model.
-    named = (base.model == BUNDLED or "/" in base.model) and base.vae is None
+    # Only the last name of a path was kept in the file: that is no place to look for a model, and a
+    # path in it is no word of ours. Whose code is trusted, no file may say.
+    named = (base.model == BUNDLED or hub.is_id(base.model)) and base.vae is None
+    base = base.model_copy(update={"trust_remote_code": False, "config": None})
     return _Known(base if named else None, data, evaluate, path.stem, base.clip_skip)
 
 

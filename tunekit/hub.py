@@ -1,4 +1,4 @@
-"""Ids of the Hugging Face Hub, told from paths."""
+"""Ids of the Hugging Face Hub, told from paths; and what a path in a recipe means."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 def is_id(text: str) -> bool:
     """Return whether `text` has the form of a Hub id: owner/name."""
     return _ID.fullmatch(text) is not None
+
+
+def as_path(text: str) -> Path:
+    """Return a path as people write it, ``~`` being the home; a home that is not known stays."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~nobody: there is no such file, which is told as of any other
+        return Path(text)
+
+
+def impossible(text: str) -> bool:
+    """Return whether no disk can have a file of this name: over 255 bytes, or half a character."""
+    try:
+        return any(len(part) > 255 for part in text.encode().split(b"/"))
+    except UnicodeEncodeError:
+        return True
 
 
 def means_id(text: str) -> bool:

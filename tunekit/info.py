@@ -242,7 +242,7 @@ def _suspicious(
     huge = [
         key
         for key, tensor in sorted(tensors.items())
-        if (most := _LARGEST.get(_dtype(tensor))) and float(tensor.abs().max()) > most / 2
+        if (most := _LARGEST.get(_dtype(tensor))) and _largest(tensor) > most / 2
     ]
     if huge:
         yield f"numbers near what the format can hold in {_some(huge)}"
@@ -256,6 +256,10 @@ def _suspicious(
 def _finite(tensor: Tensor) -> bool:
     whole = tensor if tensor.is_complex() else tensor.double()  # 8-bit formats cannot tell
     return bool(whole.isfinite().all())
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _narrow(parts: Mapping[str, Tensor]) -> int:

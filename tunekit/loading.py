@@ -24,7 +24,7 @@ from tunekit.changes.layers import (
     weight_of,
 )
 from tunekit.checkpoint import read_safetensors
-from tunekit.factors import group
+from tunekit.factors import adapter_metadata, group
 from tunekit.loaded import Loaded as Loaded
 from tunekit.loaded import VerificationError as VerificationError
 from tunekit.loaded import combined as combined
@@ -49,6 +49,7 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
     stayed empty; UserError where it is no safetensors file.
     """
     whole, metadata = read_safetensors(path)  # checked here: diffusers would also read a pickle
+    adapter_metadata(path, metadata)  # and this, which diffusers hands to peft as it stands
     words, tensors = embeddings.split(path, whole, metadata)
     found = [load_words(family, path, words, not tensors)] if words else []
     if tensors or not found:
@@ -97,7 +98,7 @@ def _by_diffusers(
             family.pipeline().load_lora_weights(
                 source, adapter_name=name, use_safetensors=True, local_files_only=True
             )
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
             line = " ".join(str(fault).split())[:300]
             raise VerificationError(
                 "loads", f"diffusers cannot load it into {family.label}: {line}"
@@ -185,7 +186,7 @@ def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> 
                 delta = deltas.change(parts, alpha, weight)
                 planned.append((name, module, "weight", delta))
                 again[name] = partial(_moved, parts, alpha, weight, delta)
-        except (ValueError, RuntimeError) as fault:
+        except (LookupError, RuntimeError, ValueError) as fault:
             line = " ".join(str(fault).split())[:300]
             raise VerificationError("loads", f"{key}: {line}") from fault
     added = {name: _add(module, which, delta) for name, module, which, delta in planned}

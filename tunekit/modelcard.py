@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,19 +15,13 @@ from typing import TYPE_CHECKING, Any
 import tunekit
 from tunekit import hub
 from tunekit.data.captions import expand
+from tunekit.redaction import without_secrets as without_secrets
 from tunekit.schema import BUNDLED
 
 if TYPE_CHECKING:
     from tunekit.recipe import Recipe
 
 _MODELSPEC = "1.0.1"  # https://github.com/Stability-AI/ModelSpec
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-_SECRET_QUERY = re.compile(
-    r"(?i)([?&][^=&\s]*(?:token|key|secret|signature|password)[^=&\s]*=)[^&\s\"']+"
-)
-_TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}")
-_SECRET_NAME = re.compile(r"(?i)token|secret|passw|api_?key|credential")
-_HIDDEN = "[removed]"
 
 
 def file_metadata(
@@ -125,15 +118,6 @@ def _clean_text(text: str) -> str:
         or ("/" in text and " " not in text and "://" not in text and Path(text).exists())
     )
     return without_secrets(_last_name(text) if is_path else text)
-
-
-def without_secrets(text: str) -> str:
-    """Replace access tokens, passwords in URLs, and the values of secret environment variables."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
-            text = text.replace(value, _HIDDEN)
-    text = _CREDENTIALS.sub(f"{_HIDDEN}@", text)
-    return _TOKEN.sub(_HIDDEN, _SECRET_QUERY.sub(rf"\1{_HIDDEN}", text))
 
 
 def model_card(

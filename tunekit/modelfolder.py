@@ -29,7 +29,7 @@ _TEXTS = ["model_index.json", "*/*.json", "*/*.txt"]
 
 def names_file(model: str) -> bool:
     """Say whether `base.model` means one file, there or not, and neither a folder nor a Hub id."""
-    path = Path(model).expanduser()
+    path = hub.as_path(model)
     if model == BUNDLED:
         return False
     return path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir())
@@ -47,8 +47,8 @@ def described_here(base: Base) -> bool:
                 f"base.config: describes a single .safetensors file, but {base.model} is none and "
                 "brings its own configuration; leave it out"
             )
-        return base.model == BUNDLED or Path(base.model).expanduser().is_dir()
-    path = Path(base.model).expanduser()
+        return base.model == BUNDLED or hub.as_path(base.model).is_dir()
+    path = hub.as_path(base.model)
     if not path.is_file():
         raise UserError(f"base.model: there is no file {base.model}")
     if path.suffix in PICKLES:
@@ -92,7 +92,7 @@ class ModelFolder:
             from tunekit.toybox import model_path
 
             return cls.read(model_path(), label=BUNDLED)
-        path = Path(base.model).expanduser()
+        path = hub.as_path(base.model)
         if path.is_dir():
             folder = cls.read(path, label=base.model)
             if not base.trust_remote_code:
@@ -113,7 +113,7 @@ class ModelFolder:
     def _of_file(cls, base: Base, path: Path) -> Self:
         """Return the folder that describes a single file, with the file as its weights."""
         if base.config is not None:
-            where = Path(base.config).expanduser()
+            where = hub.as_path(base.config)
             folder = cls.read(where, label=f"base.config: {base.config}")
             if not base.trust_remote_code:
                 folder.refuse_code()
@@ -296,7 +296,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; UserError where it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__} where an object belongs")

@@ -52,7 +52,10 @@ class OnScreen:
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        from tunekit.redaction import without_secrets
+
+        told = without_secrets(text)
+        self.console.print(told, style="dim", markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Ticker]:

@@ -153,7 +153,7 @@ def recipe_from(
 def _resolve(source: Source, overrides: Sequence[str]) -> Recipe:
     for override in from_overrides(overrides):
         source = override.lay_over(source)
-    faults = list(source.faults)
+    faults = [*source.faults, *source.secrets()]
     sections = _sections(source.tree)
     faults += find_paths(source, sections)
     recipe = None

@@ -10,7 +10,7 @@ from typing import Any
 from tunekit import hub, schema
 from tunekit.errors import did_you_mean
 from tunekit.modelfolder import names_file
-from tunekit.recipe_faults import extra, fields
+from tunekit.recipe_faults import extra, fields, shown
 from tunekit.recipe_source import Fault, Key, Source
 from tunekit.schema_tokens import EMBEDDING
 
@@ -59,6 +59,9 @@ def _find_path(source: Source, key: Key, text: str, kind: str) -> Generator[Faul
     """Return the path as it is found, or `text` where it is not; yield what is wrong with it."""
     if kind == "embedding" and not text.endswith(EMBEDDING):
         return text  # words
+    if hub.impossible(text):
+        yield source.fault(key, f"{shown(text)}: no disk has a file of such a name")
+        return text
     roots = _roots(source.place(key).folder)
     found = _first_found(text, roots, kind)
     if found is not None:
@@ -85,7 +88,7 @@ def _roots(folder: Path | None) -> list[Path]:
 
 def _first_found(text: str, roots: Sequence[Path], kind: str) -> str | None:
     """Return the path as it is written from the working directory, absolute if outside of it."""
-    path = Path(text).expanduser()
+    path = hub.as_path(text)
     for root in roots:
         if text != schema.BUNDLED and _exists(root / path, kind):
             if root == Path() and str(path) == text:
@@ -108,7 +111,7 @@ def _may_be_remote(text: str) -> bool:
 
 
 def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
-    looked = list(dict.fromkeys(os.path.abspath(root / Path(text).expanduser()) for root in roots))
+    looked = list(dict.fromkeys(os.path.abspath(root / hub.as_path(text)) for root in roots))
     is_file = kind == "embedding" or (kind == "model" and names_file(text))
     what = "file" if is_file else "folder"
     what = "folder or file" if kind in ("part", "pictures") else what

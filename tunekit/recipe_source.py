@@ -13,7 +13,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from tunekit import hub
 from tunekit.errors import UserError, did_you_mean
+from tunekit.redaction import secret_in, without_secrets
 
 Key = tuple[str | int, ...]
 
@@ -48,7 +50,8 @@ class Fault:
     problem: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (str(self.place), self.key, self.problem) if part)
+        whole = ": ".join(part for part in (str(self.place), self.key, self.problem) if part)
+        return without_secrets(whole)
 
 
 class RecipeError(UserError):
@@ -95,6 +98,16 @@ class Source:
         """Return the fault that `key` has `problem`, at its place."""
         return Fault(self.place(key), dotted(key), problem)
 
+    def secrets(self) -> Iterator[Fault]:
+        """Yield a fault for each text that holds a secret: every file of a run would repeat it."""
+        for key, text in _texts(self.tree, ()):
+            if what := secret_in(text):
+                yield self.fault(
+                    key,
+                    f"holds {what}, which every file of the run would repeat: take it out; tokens "
+                    "are read from HF_TOKEN or from where `hf auth login` keeps them",
+                )
+
     def lay_over(self, under: Source) -> Source:
         """Return `under` with everything that stands here put over it, section by section."""
         merged = Source(copy.deepcopy(under.tree), dict(under.places), under.faults + self.faults)
@@ -118,6 +131,14 @@ def _merge(into: Source, tree: dict[str, Any], over: Source, values: Any, key: K
         tree[name] = copy.deepcopy(value)
 
 
+def _texts(value: Any, key: Key) -> Iterator[tuple[Key, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, (*key, name))
+
+
 def dotted(key: Key) -> str:
     """Return `key` as people write it: ``evaluate.prompts.0``."""
     return ".".join(str(part) for part in key)
@@ -138,10 +159,10 @@ def _from_file(path: Path, trail: tuple[Path, ...]) -> Source:
     if extends is None:
         return source
     problem = None
-    if not isinstance(extends, str):
-        problem = f"must be the name of another recipe file, not {extends!r}"
+    if not isinstance(extends, str) or hub.impossible(extends):
+        problem = f"must be the name of another recipe file, not {extends!r:.60}"
     else:
-        other = path.parent / Path(extends).expanduser()
+        other = path.parent / hub.as_path(extends)
         seen = (*trail, path.resolve())
         if other.resolve() in seen:
             names = " -> ".join(p.name for p in (*seen, other))

@@ -83,7 +83,7 @@ def _load(
                 use_safetensors=True,
                 local_files_only=True,
             )
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
             line = " ".join(str(fault).split())[:300]
             raise VerificationError(
                 _LOADS, f"diffusers cannot load {word} into {family.label}: {line}"

@@ -122,7 +122,7 @@ def read_spans(path: Path) -> dict[str, Span]:
         spans = _spans(header, 8 + length)
     except UserError as error:
         raise DamagedError(str(error).removeprefix(f"{path}: ")) from None
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
         raise DamagedError("its header cannot be read") from None
     end = max((span.end for span in spans.values()), default=8 + length)
     if end != size:

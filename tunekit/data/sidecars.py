@@ -103,7 +103,8 @@ def folder_repeats(folder: Folder, texts: Texts) -> dict[str, int]:
     for name, found in concepts.items():
         if found:
             at, match = found
-            repeats[name] = int(match["repeats"])
+            # Nothing can be reckoned with a number that is refused above: it has any size.
+            repeats[name] = min(int(match["repeats"]), MOST_REPEATS)
             texts.setdefault(name, ((match["words"].strip(),), f"folder {at}"))
     told = [f"{at}/ ({int(match['repeats'])})" for at, match in named.items()]
     text = "visits an epoch that the folders' names give each of their pictures"
