@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tunekit import cli_data
+from tunekit import cli_data, cli_files
 from tunekit.cli_options import AsJson, Overrides, RecipeFile, print_json
 from tunekit.errors import UserError
 
@@ -165,6 +165,10 @@ def schema(
 app.command()(cli_data.inspect)
 app.command()(cli_data.caption)
 app.add_typer(cli_data.cache, name="cache")
+app.command()(cli_files.convert)
+app.command()(cli_files.merge)
+app.command()(cli_files.extract)
+app.command()(cli_files.resize)
 
 
 @app.command()

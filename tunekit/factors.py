@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunekit import safeconfig
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +28,15 @@ _SPELLINGS = {
     "lora.up": "up",
     "lora_linear_layer.up": "up",
     "lora_embedding_B": "up",
+    "lora_mid": "mid",
     "lora_magnitude_vector": "magnitude",
     "dora_scale": "magnitude",
     "alpha": "alpha",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
     **{name: name for name in ("hada_t1", "hada_t2", "lokr_t2", "oft_blocks", "oft_R")},
     **{name: name for name in ("diff", "diff_b")},
+    "w_norm": "diff",
+    "b_norm": "diff_b",
     **{f"lokr_w{n}{part}": f"lokr_w{n}{part}" for n in (1, 2) for part in ("", "_a", "_b")},
 }
 _KEY = re.compile(
@@ -82,6 +86,19 @@ def read_module(
     scales: what diffusers' own metadata says (see `adapter_metadata`). Raises UserError for shapes
     that no adapter has, and for factors that cannot be multiplied.
     """
+    rank = check_module(path, name, parts)
+    alpha = float(parts["alpha"]) if "alpha" in parts else declared_alpha(name, rank, scales)
+    if alpha is not None and not math.isfinite(alpha):
+        alpha = None
+    scale = alpha / rank if alpha is not None and rank else 1.0
+    norm = _norm(parts)
+    if norm is not None:
+        norm = norm * abs(scale) if math.isfinite(norm * scale) else None
+    return ModuleInfo(name, kind_of(parts), rank, alpha, norm)
+
+
+def check_module(path: Path, name: str, parts: Mapping[str, Tensor]) -> int | None:
+    """Return the rank of the module `name` where its kind has one; see `read_module`."""
     for factor, tensor in parts.items():
         if tensor.numel() == 0 or tensor.ndim not in _dimensions(factor):
             shape = list(tensor.shape)
@@ -91,26 +108,24 @@ def read_module(
     if "alpha" in parts and parts["alpha"].numel() != 1:
         shape = list(parts["alpha"].shape)
         raise UserError(f"{path}: the alpha of {name} has the shape {shape}, not one number")
-    rank = _rank(path, name, parts)
-    alpha = float(parts["alpha"]) if "alpha" in parts else _declared_alpha(name, scales)
-    if alpha is not None and not math.isfinite(alpha):
-        alpha = None
-    scale = alpha / rank if alpha is not None and rank else 1.0
-    norm = _norm(parts)
-    if norm is not None:
-        norm = norm * abs(scale) if math.isfinite(norm * scale) else None
-    return ModuleInfo(name, _kind(parts), rank, alpha, norm)
+    return _rank(path, name, parts)
 
 
 def _dimensions(factor: str) -> tuple[int, ...]:
     """Return how many dimensions a factor may have: two of a matrix, up to five of a kernel."""
     if factor in ("down", "up"):
         return (2, 4)
+    if factor == "mid":
+        return (4,)
     if factor.startswith(("hada_w", "lokr_w")):
         return (2,) if factor.endswith(("_a", "_b")) else (2, 4)
     return (0, 1, 2, 3, 4, 5)
 
 
+_LARGEST = 2**28  # numbers of a weight: more than any module's whose change is a LoHa
+_STRIP = 2**22  # numbers at a time
+
+_LARGEST = 2**28  # numbers of a weight; some bytes of a file could ask for all memory there is
 _PAIRS = (
     ("down", "up"),
     *((f"{start}w{n}_b", f"{start}w{n}_a") for start in ("hada_", "lokr_") for n in (1, 2)),
@@ -140,14 +155,13 @@ def _norm(parts: Mapping[str, Tensor]) -> float | None:
     if whole:
         return math.hypot(*(float(tensor.norm()) for tensor in whole))
     if {"down", "up"} <= parts.keys():
-        pointwise = all(size == 1 for size in wide["up"].shape[2:])  # else a chain of kernels
+        # else a chain of kernels
+        pointwise = "mid" not in wide and all(size == 1 for size in wide["up"].shape[2:])
         return _product_norm(wide["up"], wide["down"]) if pointwise else None
     if any(name.endswith(("_t1", "_t2")) for name in parts):
         return None
     if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= parts.keys():
-        one = wide["hada_w1_a"] @ wide["hada_w1_b"]
-        two = wide["hada_w2_a"] @ wide["hada_w2_b"]
-        return float((one * two).norm()) if one.shape == two.shape else None
+        return _hadamard_norm(wide)
     halves = []
     for half in ("lokr_w1", "lokr_w2"):
         if half in wide:
@@ -157,14 +171,35 @@ def _norm(parts: Mapping[str, Tensor]) -> float | None:
     return halves[0] * halves[1] if len(halves) == 2 else None  # |a (x) b| = |a| |b|
 
 
+def _hadamard_norm(wide: Mapping[str, Tensor]) -> float | None:
+    """Return |(w1_a @ w1_b) * (w2_a @ w2_b)|, a strip of rows at a time; None where none fits.
+
+    A file of a megabyte can stand for a matrix of terabytes, so what no model has is not reckoned.
+    """
+    pairs = [(wide[f"hada_w{n}_a"], wide[f"hada_w{n}_b"]) for n in (1, 2)]
+    (rows, width), other = ((a.shape[0], b.shape[1]) for a, b in pairs)
+    if other != (rows, width) or rows * width > _LARGEST:
+        return None
+    strip = max(1, _STRIP // width)
+    (a, b), (c, d) = pairs
+    strips = (
+        ((a[top : top + strip] @ b) * (c[top : top + strip] @ d)).norm()
+        for top in range(0, rows, strip)
+    )
+    return math.hypot(*(float(norm) for norm in strips))
+
+
 def _product_norm(up: Tensor, down: Tensor) -> float:
-    """Return |up @ down| through the factors' Gram matrices: rank x rank, never the full matrix."""
+    """Return |up @ down|; of the product and the factors' Gram matrices, whatever is smaller."""
     up, down = up.flatten(1), down.flatten(1)
+    if up.shape[1] ** 2 > up.shape[0] * down.shape[1]:
+        return float((up @ down).norm())
     squared = float(((up.T @ up) * (down @ down.T)).sum())
     return max(squared, 0.0) ** 0.5 if squared == squared else squared
 
 
-def _kind(parts: Mapping[str, Tensor]) -> str:
+def kind_of(parts: Mapping[str, Tensor]) -> str:
+    """Return what a module's factors are, in a word."""
     if "oft_blocks" in parts and parts["oft_blocks"].ndim == 4:
         return "BOFT"
     for start, kind in (("hada_", "LoHa"), ("lokr_", "LoKr"), ("oft_", "OFT"), ("diff", "whole")):
@@ -180,23 +215,34 @@ def adapter_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, objec
         return {}
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as fault:
+    except (ValueError, RecursionError) as fault:
         raise UserError(f"{path}: lora_adapter_metadata is not JSON ({fault})") from fault
     if not isinstance(value, dict):
         raise UserError(f"{path}: lora_adapter_metadata is not a JSON object")
+    safeconfig.check(path, value)
     return value
 
 
-def _declared_alpha(name: str, scales: Mapping[str, object]) -> float | None:
-    component = name.split(".", 1)[0]
+def declared_alpha(name: str, rank: int | None, scales: Mapping[str, object]) -> float | None:
+    """Return a module's alpha, to be divided by its rank, as `adapter_metadata` says it.
+
+    As peft reads it: of patterns for the end of a name the first counts, and the alpha of rsLoRA is
+    divided by the square root of the rank. None where nothing is said.
+    """
+    component, _, bare = name.partition(".")
     alpha = scales.get(f"{component}.lora_alpha")
     patterns = scales.get(f"{component}.alpha_pattern")
-    if isinstance(patterns, dict):
-        bare = name.split(".", 1)[-1]
-        for pattern, value in patterns.items():
-            if bare == pattern or bare.endswith(f".{pattern}"):
-                alpha = value
-    return float(alpha) if isinstance(alpha, int | float) else None
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        # As the name it stands for, never as the expression that it may be: a stranger's could run
+        # for hours.
+        plain = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
+        if bare == plain or bare.endswith(f".{plain}"):
+            alpha = value
+            break
+    if not isinstance(alpha, int | float):
+        return None
+    rooted = scales.get(f"{component}.use_rslora") is True and rank
+    return float(alpha) * (math.sqrt(rank) if rooted and rank else 1.0)
 
 
 def is_kohya(name: str) -> bool:

@@ -33,6 +33,9 @@ def kronecker(parts: Mapping[str, Tensor]) -> Tensor:
     """
     import torch
 
+    for half in ("lokr_w1", "lokr_w2"):
+        if half not in parts and not {f"{half}_a", f"{half}_b"} <= parts.keys():
+            raise ValueError(f"it has no whole {half}")
     one, two = (
         parts[half] if half in parts else parts[f"{half}_a"] @ parts[f"{half}_b"]
         for half in ("lokr_w1", "lokr_w2")
@@ -84,36 +87,99 @@ def butterfly(turns: Tensor, rows: Tensor) -> Tensor:
     return change
 
 
-def change(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
+def change(
+    parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor, strength: float = 1.0
+) -> Tensor:
     """Return what a file's factors add to `weight`: float32, of its shape.
 
     parts: the factors of one module by the names of `tunekit.factors.group`, without its alpha.
-    alpha: the file's; None: the rank, where the kind has one. Raises ValueError for factors that
-    are no kind's, or another weight's.
+    alpha: the file's; None: the rank, where the kind has one. strength: draw with so many times the
+    change; a magnitude goes this share of its way. Raises ValueError for factors that are no
+    kind's, or another weight's.
     """
     wide = {name: tensor.float().to(weight.device) for name, tensor in parts.items()}
-    base = weight.float()
-    names = set(wide)
-    rank: int | None = None
-    if names == {"diff"}:
-        delta = wide["diff"]
-    elif names == {"down", "up"}:
-        delta, rank = low_rank(wide["up"], wide["down"]), wide["down"].shape[0]
-    elif names == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
-        delta, rank = hadamard(wide), wide["hada_w1_b"].shape[0]
-    elif names == {"oft_blocks"}:
+    magnitude = wide.pop("magnitude", None)
+    # Before anything is multiplied: a file of a megabyte can stand for a matrix of terabytes.
+    if (planned := _planned(wide)) > weight.numel():
+        raise ValueError(f"its change has {planned:,} numbers, not {weight.numel():,}")
+    if wide.keys() == {"oft_blocks"} and magnitude is None:
         turn = butterfly if wide["oft_blocks"].ndim == 4 else rotate
-        delta = turn(cayley(_held(wide["oft_blocks"], alpha)), base)
-    elif names and all(name.startswith("lokr_w") for name in names):
-        delta = kronecker(wide)
-        # Only a half that is a product has a rank; two whole ones are read without a scale.
-        rank = next((wide[n].shape[0] for n in ("lokr_w2_b", "lokr_w1_b") if n in wide), None)
+        delta, rank = turn(cayley(_held(wide["oft_blocks"], alpha)), weight.float()), None
     else:
-        raise ValueError(f"{', '.join(sorted(names))} are no factors of a kind this reads")
+        delta, rank = product(wide)
     if delta.numel() != weight.numel():
         raise ValueError(f"its change has the shape {list(delta.shape)}, not {list(weight.shape)}")
     scale = alpha / rank if rank is not None and alpha is not None else 1.0
-    return delta.reshape(weight.shape) * scale
+    delta = delta.reshape(weight.shape) * (scale * strength)
+    return delta if magnitude is None else directed(magnitude, weight.float(), delta, strength)
+
+
+def product(wide: Mapping[str, Tensor]) -> tuple[Tensor, int | None]:
+    """Return what factors multiply to, and the rank that an alpha is divided by (None: no alpha).
+
+    For every kind whose change does not depend on the weight. Raises ValueError for other factors.
+    """
+    names = set(wide)
+    if names == {"diff"}:
+        return wide["diff"], None
+    if names == {"down", "up"}:
+        return low_rank(wide["up"], wide["down"]), wide["down"].shape[0]
+    if names == {"down", "mid", "up"}:
+        return low_rank(wide["up"], joined(wide["mid"], wide["down"])), wide["down"].shape[0]
+    if names == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        return hadamard(wide), wide["hada_w1_b"].shape[0]
+    if names and all(name.startswith("lokr_w") for name in names):
+        # Only a half that is a product has a rank; two whole ones are read without a scale.
+        ranks = (wide[n].shape[0] for n in ("lokr_w2_b", "lokr_w1_b") if n in wide)
+        return kronecker(wide), next(ranks, None)
+    raise ValueError(f"{', '.join(sorted(names))} are no factors of a kind this reads")
+
+
+def _planned(wide: Mapping[str, Tensor]) -> int:
+    """Return how many numbers the largest product of the factors has."""
+    if any(tensor.ndim == 0 for tensor in wide.values()):
+        raise ValueError("a factor is a single number")
+
+    def numbers(left: str, right: str) -> int:
+        if not {left, right} <= wide.keys():
+            return 1
+        return len(wide[left]) * (wide[right].numel() // max(1, len(wide[right])))
+
+    lokr = [
+        wide[half].numel() if half in wide else numbers(f"{half}_a", f"{half}_b")
+        for half in ("lokr_w1", "lokr_w2")
+    ]
+    hada = [numbers(f"hada_w{n}_a", f"hada_w{n}_b") for n in (1, 2)]
+    return max(numbers("up", "down"), *hada, lokr[0] * lokr[1])
+
+
+def joined(mid: Tensor, down: Tensor) -> Tensor:
+    """Return a kernel [r, in, h, w] for mid [r, r, h, w] after down [r, in, 1, 1] (LoCon, CP)."""
+    import torch
+
+    return torch.einsum("rshw,si->rihw", mid, down.flatten(1))
+
+
+def directed(magnitude: Tensor, weight: Tensor, delta: Tensor, strength: float = 1.0) -> Tensor:
+    """Return a DoRA's change: weight + delta, each output of another length, less the weight.
+
+    magnitude: [out] or [out, 1, ...] (Liu et al. 2024); [1, in, ...] is a length for each input, as
+    older LyCORIS has it. strength: the share of its way that it goes from the weight's own length.
+    """
+    import torch
+
+    whole = weight + delta
+    one = [1] * (weight.ndim - 2)
+    if magnitude.numel() == len(weight) and magnitude.shape[0] == len(weight):
+        axes, shape = tuple(range(1, weight.ndim)), (-1, 1, *one)
+    elif magnitude.ndim > 1 and magnitude.numel() == weight.shape[1]:
+        axes, shape = (0, *range(2, weight.ndim)), (1, -1, *one)
+    else:
+        raise ValueError(f"its magnitude has the shape {list(magnitude.shape)}")
+    own = torch.linalg.vector_norm(weight, dim=axes).reshape(shape)
+    length = own + strength * (magnitude.reshape(shape) - own)
+    share: Tensor = length / torch.linalg.vector_norm(whole, dim=axes).reshape(shape)
+    return whole * share - weight
 
 
 def _held(blocks: Tensor, most: float | None) -> Tensor:

@@ -1,0 +1,203 @@
+"""The verbs about files: convert, merge, extract, resize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunekit.cli_options import AsJson, print_json
+from tunekit.errors import UserError
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors adapter file.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", help="toybox, a folder or a Hub id.", show_default="the file's"),
+]
+Layout = Annotated[str, typer.Option("--to", help="Whose naming: diffusers or kohya.")]
+Dtype = Annotated[str, typer.Option(help="Number format: fp16, bf16 or fp32.")]
+OwnDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Number format: fp16, bf16 or fp32.", show_default="as it is"),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of each module, at most.")]
+Energy = Annotated[
+    float | None, typer.Option(help="Keep this share of each module's squared norm, 0 to 1.")
+]
+Frobenius = Annotated[
+    float | None, typer.Option(help="Keep this share of each module's norm, 0 to 1.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there under that name already.")
+]
+
+
+def convert(
+    file: File,
+    to: Layout,
+    out: Annotated[
+        Path | None, typer.Option(help="The new file.", show_default="FILE-LAYOUT.safetensors")
+    ] = None,
+    base: BaseOption = None,
+    dtype: OwnDtype = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rename an adapter file for another client. Checked there and back, weight by weight."""
+    from tunekit.files.convert import convert
+
+    _show(convert(file, to, out=out, base=base, dtype=dtype, overwrite=overwrite), as_json)
+
+
+def merge(
+    adapter: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE[:WEIGHT]...", help="Adapter files; weight 1 is as trained."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder, or the file with --into-adapter.")],
+    into_adapter: Annotated[
+        bool, typer.Option("--into-adapter", help="Merge into one adapter file, not into the base.")
+    ] = False,
+    base: BaseOption = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Weight variant of the base, such as fp16.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Of adapters: concat, svd, ties, dare_linear, dare_ties.", show_default="concat"
+        ),
+    ] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    frobenius: Frobenius = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the numbers that TIES and DARE keep, 0 to 1.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what DARE draws.", show_default="0")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Of adapters: diffusers or kohya.", show_default="kohya"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format: fp16, bf16 or fp32.", show_default="the base's; adapters: fp16"
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge adapters into a base, or with each other. Writes a diffusers folder or a file."""
+    from tunekit.files.cut import Keep
+    from tunekit.files.folder import merge
+    from tunekit.files.mix import Way, mix
+    from tunekit.generate import parse_adapter
+    from tunekit.progress import OnScreen
+
+    given = [parse_adapter(text) for text in adapter]
+    keep = Keep.of(rank, energy, frobenius)
+    if into_adapter:
+        if variant is not None:
+            raise UserError("--variant: is of a base that is merged into; leave it out")
+        way = Way.of(method or "concat", density, seed or 0, keep)
+        made: Any = mix(
+            given,
+            out,
+            way,
+            keep,
+            layout=to or "kohya",
+            dtype=dtype or "fp16",
+            base=base,
+            overwrite=overwrite,
+            reporter=OnScreen(),
+        )
+    else:
+        only = {"--method": method, "--rank": rank, "--energy": energy, "--frobenius": frobenius}
+        only |= {"--density": density, "--seed": seed, "--to": to}
+        if extra := [option for option, value in only.items() if value is not None]:
+            raise UserError(f"{extra[0]}: is for --into-adapter; a base takes every change whole")
+        made = merge(
+            given,
+            out,
+            base=base,
+            variant=variant,
+            dtype=dtype,
+            overwrite=overwrite,
+            reporter=OnScreen(),
+        )
+    _show(made, as_json)
+
+
+def extract(
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder or Hub id.")],
+    original: Annotated[
+        str, typer.Option("--from", metavar="ORIGINAL", help="What it was tuned from.")
+    ],
+    out: Annotated[Path, typer.Option(help="The adapter file.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    frobenius: Frobenius = None,
+    targets: Annotated[
+        str, typer.Option(help="attention, attention+mlp or full, as adapter.targets.")
+    ] = "full",
+    to: Layout = "kohya",
+    dtype: Dtype = "fp16",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a LoRA of what tuning did to a base. Says what the rank loses, module by module."""
+    from tunekit.files.cut import Keep
+    from tunekit.files.extract import extract
+    from tunekit.progress import OnScreen
+
+    made = extract(
+        tuned,
+        original,
+        out,
+        Keep.of(rank, energy, frobenius),
+        targets=targets,
+        layout=to,
+        dtype=dtype,
+        overwrite=overwrite,
+        reporter=OnScreen(),
+    )
+    _show(made, as_json)
+
+
+def resize(
+    file: File,
+    out: Annotated[Path, typer.Option(help="The new file.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    frobenius: Frobenius = None,
+    to: Layout = "kohya",
+    base: BaseOption = None,
+    dtype: Dtype = "fp16",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a plain LoRA of another rank of any adapter. Says what is kept, module by module."""
+    from tunekit.files.cut import Keep
+    from tunekit.files.resize import resize
+    from tunekit.progress import OnScreen
+
+    made = resize(
+        file,
+        out,
+        Keep.of(rank, energy, frobenius),
+        layout=to,
+        dtype=dtype,
+        base=base,
+        overwrite=overwrite,
+        reporter=OnScreen(),
+    )
+    _show(made, as_json)
+
+
+def _show(made: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        typer.echo("\n".join(made.lines()))

@@ -1,0 +1,123 @@
+"""The difference of two bases as an adapter: what tuning did to each weight, at a lower rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit.adapters.base import match_modules
+from tunekit.errors import UserError, did_you_mean
+from tunekit.files import output
+from tunekit.files.cut import Keep, cut_matrix
+from tunekit.files.names import Names, Place
+from tunekit.files.report import Report, Row
+from tunekit.files.sources import Weights, outline
+from tunekit.modelcard import portable
+from tunekit.progress import Reporter, Silent
+from tunekit.schema import Base
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunekit.families import Family
+
+
+def extract(
+    tuned: str,
+    original: str,
+    out: Path,
+    keep: Keep,
+    *,
+    targets: str = "full",
+    layout: str = "kohya",
+    dtype: str | None = "fp16",
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Report:
+    """Write tuned - original as a LoRA: the nearest of its rank to each weight's difference.
+
+    tuned, original: folders or Hub ids of one family. targets: a preset of the family, as in
+    recipes; what changed outside it is told and left out. Raises UserError where the two are not
+    of one form, or nothing in the targets differs.
+    """
+    output.check_out(out, overwrite)
+    if keep == Keep():
+        raise UserError("name --rank, --energy or --frobenius: how much of every module is kept")
+    base = Base(model=original)
+    family = outline(base)
+    names = Names(family)
+    before = Weights(base, family, names)
+    other = outline(Base(model=tuned))
+    if type(other) is not type(family):
+        raise UserError(f"{tuned}: is {other.name}, and {original} is {family.name}")
+    after = Weights(Base(model=tuned), other, Names(other))
+    chosen = _targets(family, targets)
+    rows: list[Row] = []
+    left: list[tuple[str, float]] = []
+    pairs = list(_pairs(before, after))
+    done = f"extracted from {portable(tuned)} less {portable(original)}"
+    with output.Output(out, layout, names, dtype) as result:
+        with (reporter or Silent()).stage("extract", len(pairs)) as tick:
+            for name, place, which in pairs:
+                tick()
+                change = _difference(before, after, name)
+                norm = float(change.norm())
+                if not norm:
+                    continue
+                if place is None or place not in chosen or which != "weight":
+                    left.append((".".join(name), norm))
+                    continue
+                cut = cut_matrix(change, keep)
+                rows.append(Row.of(".".join(place), None, cut))
+                result.add(place, output.lora(cut.up, cut.down))
+        result.finish(output.described(names, family.facts(), out.stem, {}, done))
+    return Report(out, done, tuple(rows), tuple(result.remarks), tuple(left))
+
+
+def _targets(family: Family, preset: str) -> set[Place]:
+    """Return the modules of a preset that have a weight of two dimensions or more."""
+    from torch import nn
+
+    if preset not in family.lora_presets:
+        known = family.lora_presets
+        raise UserError(
+            f"--targets: {preset} is none of {', '.join(known)}{did_you_mean(preset, known)}"
+        )
+    kinds = (nn.Linear, nn.Conv2d)
+    found = {
+        ("denoiser", name)
+        for name in match_modules(family.denoiser, family.lora_presets[preset], kinds, "--targets")
+    }
+    for encoder, module in family.text_encoders.items():
+        patterns = family.text_lora_presets[preset]
+        found |= {(encoder, n) for n in match_modules(module, patterns, kinds, "--targets")}
+    return found
+
+
+def _pairs(before: Weights, after: Weights) -> Iterator[tuple[tuple[str, str], Place | None, str]]:
+    """Yield (component, wide name), place and which of every tensor that both bases have."""
+    for component, table in before.tables.items():
+        others = after.tables[component]
+        odd = sorted(table.keys() ^ others.keys())
+        if odd:
+            holder = before if odd[0] in table else after
+            raise UserError(
+                f"{before.label} and {after.label} are not of one form: {odd[0]} of {component} is "
+                f"only in {holder.label}"
+            )
+        for wide, (file, entry) in table.items():
+            other, one = others[wide]
+            shapes = file.forms[entry.name].shape, other.forms[one.name].shape
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{before.label} and {after.label} are not of one form: {wide} of {component} "
+                    f"is {list(shapes[0])} and {list(shapes[1])}"
+                )
+            yield (component, wide), entry.place, entry.which
+
+
+def _difference(before: Weights, after: Weights, name: tuple[str, str]) -> Tensor:
+    component, wide = name
+    (one, first), (two, second) = before.tables[component][wide], after.tables[component][wide]
+    return two.read(second.name).float() - one.read(first.name).float()

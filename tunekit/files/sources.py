@@ -1,0 +1,182 @@
+"""Which base a file is for, and the weights of a base where they lie, read one by one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit import families, hub
+from tunekit.errors import UserError
+from tunekit.files.adapter import Parts, like
+from tunekit.files.names import Names, Place
+from tunekit.files.stream import TensorFile
+from tunekit.modelfolder import ModelFolder
+from tunekit.schema import BUNDLED, Base
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunekit.families import Family
+
+_SAID = ("tunekit.base", "ss_sd_model_name")
+_MADE_FOR = ("modelspec.architecture", "ss_base_model_version")
+_INDEX = ".safetensors.index.json"
+
+
+def find_base(asked: str | None, metadata: Mapping[str, str], path: Path) -> Base:
+    """Return the base that is `asked` for, or else the one that the file at `path` names.
+
+    A folder, a Hub id, or `toybox`. Raises UserError where the file names none that can be found.
+    """
+    if asked is not None:
+        return Base(model=asked)
+    named = next((metadata[key] for key in _SAID if metadata.get(key)), None)
+    if named is not None and (
+        named == BUNDLED or Path(named).expanduser().is_dir() or hub.means_id(named)
+    ):
+        return Base(model=named)
+    made_for = next((metadata[key] for key in _MADE_FOR if metadata.get(key)), None)
+    said = [f'is made for "{named}", which is no folder here'] if named else []
+    said += [f"says it is for {made_for}"] if made_for else []
+    raise UserError(
+        f"{path}: {' and '.join(said) or 'does not say which base it is for'}: name a base of its "
+        "kind with --base (toybox, a folder or a Hub id); what its modules are called is taken "
+        "from it"
+    )
+
+
+def outline(base: Base) -> Family:
+    """Return a base without its weights: names, shapes and facts."""
+    return families.load(base, "meta")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a base's files. name: as in the file. wide: as the wider world writes it.
+
+    place: the module it belongs to, where an adapter can name one; which: "weight" or "bias".
+    """
+
+    name: str
+    wide: str
+    place: Place | None
+    which: str
+
+
+class Weights:
+    """The weights of a diffusers folder's denoiser and text encoders.
+
+    files: component -> its safetensors files. Raises UserError where the base is no such folder or
+    lacks what a component needs.
+    """
+
+    def __init__(self, base: Base, family: Family, names: Names) -> None:
+        self.base, self.label, self._names = base, family.label, names
+        self.folder = ModelFolder.open(base)
+        if self.folder.weights is not None:
+            raise UserError(
+                f"{self.label}: is one file; this takes a base apart tensor by tensor and needs a "
+                "diffusers folder: save it as one (diffusers: from_single_file, save_pretrained)"
+            )
+        parts = family.components()
+        rest = [
+            name
+            for name, value in self.folder.model_index.items()
+            if isinstance(value, list) and value[:1] != [None] and name not in parts
+        ]
+        self.folder.bring(
+            [*parts, *(n for n in rest if n.startswith(("tokenizer", "scheduler")))],
+            parts,
+            base.variant,
+        )
+        self.files = {
+            component: weight_files(self.folder.path / where, base.variant)
+            for component, where in names.folders.items()
+        }
+        self._where: dict[tuple[Place, str], tuple[TensorFile, str]] = {}
+        self.entries: dict[str, list[tuple[TensorFile, list[Entry]]]] = {}
+        for component, paths in self.files.items():
+            self.entries[component] = [self._entries(component, path) for path in paths]
+
+    def _entries(self, component: str, path: Path) -> tuple[TensorFile, list[Entry]]:
+        file = TensorFile(path)
+        own = {place[1]: place for place in self._names.modules if place[0] == component}
+        tops = {name.partition(".")[0] for name in own}
+        wide = {self._names.wide(place): place for place in own.values()}
+        found = []
+        for name in file.forms:
+            module, _, which = name.rpartition(".")
+            place = own.get(module) or wide.get(module)
+            outer = name
+            if place is not None:
+                known = self._names.wide(place)
+                # Only a level that this release of a library leaves out of all modules is restored.
+                outer = name if known.partition(".")[0] in tops else f"{known}.{which}"
+                self._where[place, which] = file, name
+            found.append(Entry(name, outer, place, which))
+        return file, found
+
+    def read(self, place: Place, which: str = "weight") -> Tensor:
+        """Return a module's weight or bias, as it lies in the file."""
+        if (place, which) not in self._where:
+            raise UserError(f"{self.label}: has no {which} of {'.'.join(place)} in its files")
+        file, name = self._where[place, which]
+        return file.read(name)
+
+    def holds(self, place: Place, which: str) -> bool:
+        """Say whether the files have a module's weight or bias."""
+        return (place, which) in self._where
+
+    @functools.cached_property
+    def tables(self) -> dict[str, dict[str, tuple[TensorFile, Entry]]]:
+        """Component -> every tensor's file and entry by its wide name."""
+        return {
+            component: {entry.wide: (file, entry) for file, entries in held for entry in entries}
+            for component, held in self.entries.items()
+        }
+
+
+class Needed:
+    """A base's weights for changes that depend on them, opened when the first one does."""
+
+    def __init__(self, base: Base, family: Family, names: Names) -> None:
+        self._args = base, family, names
+        self._weights: Weights | None = None
+
+    def weight(self, place: Place, parts: Parts) -> Tensor:
+        """Return what the change of `parts` is reckoned on: the weight, or its shape alone."""
+        if not parts.needs_weight:
+            return like(self._args[2], place)
+        if self._weights is None:
+            self._weights = Weights(*self._args)
+        return self._weights.read(place)
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Return a component's weights: one file, or the parts that its index names."""
+    kind = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        for whole in (folder / f"{stem}{kind}.safetensors",):
+            if whole.is_file():
+                return [whole]
+        for index in (folder / f"{stem}{_INDEX[:-5]}{kind}.json", folder / f"{stem}{kind}{_INDEX}"):
+            if index.is_file():
+                return _parts(index)
+    raise UserError(f"{folder}: holds no weights that this reads")
+
+
+def _parts(index: Path) -> list[Path]:
+    try:
+        held = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(held.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{index}: is damaged: it names no files of weights") from None
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name) or not index.with_name(name).is_file():
+            raise UserError(f"{index}: names {name!r}, which is no file of weights beside it")
+    return [index.with_name(name) for name in names]
