@@ -40,7 +40,7 @@ $(SETUP):
 	@test -n "$(PYTHON)" || { echo "tunekit needs Python 3.11 or newer on the PATH" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,optimizers,tagger]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,optimizers,quantize,tagger]'
 	@rm -f .venv/.installed-*
 	@touch $@
 

@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 # Read when torch starts its threads. Threads that spin while they wait for each other bring a busy
 # machine to a standstill: beside other work, one picture took 8 minutes instead of 5 seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# bitsandbytes, which peft imports where it is installed, would tell of kernels it does without.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# bitsandbytes and torchao, which peft and diffusers import where they are installed, would tell of
+# kernels they do without; torch and diffusers of what torchao is behind with.
+for _talkative in (
+    "bitsandbytes.backends.cpu.ops",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch.utils._pytree",
+    "torchao",
+):
+    logging.getLogger(_talkative).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "load", "train"]

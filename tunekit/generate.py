@@ -211,7 +211,13 @@ def _base(known: _Known) -> Base:
 
 def _of_run(run: RunFolder) -> _Known:
     recipe = run.recipe
-    return _Known(recipe.base, recipe.data, recipe.evaluate, recipe.name, recipe.base.clip_skip)
+    base = _full(recipe.base)
+    return _Known(base, recipe.data, recipe.evaluate, recipe.name, base.clip_skip)
+
+
+def _full(base: Base) -> Base:
+    """Return a recipe's base as files are made for: what training held in few bits is whole."""
+    return base.model_copy(update={"quantize": None})
 
 
 def _said_by_all(paths: Sequence[Path]) -> _Known:
@@ -247,7 +253,7 @@ def _said_by(path: Path) -> _Known:
     # Only the last name of a path was kept in the file: that is no place to look for a model, and a
     # path in it is no word of ours. Whose code is trusted, no file may say.
     named = (base.model == BUNDLED or hub.is_id(base.model)) and base.vae is None
-    base = base.model_copy(update={"trust_remote_code": False, "config": None})
+    base = _full(base.model_copy(update={"trust_remote_code": False, "config": None}))
     return _Known(base if named else None, data, evaluate, path.stem, base.clip_skip)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from tunekit import quantize
 from tunekit.data.cache import content_key, fingerprint
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def of_drawing(family: Family) -> str:
     return content_key(
         pictures=of_pictures(family),
         words=of_words(family),
-        denoiser=fingerprint(denoiser.state_dict(), settings(denoiser)),
+        denoiser=fingerprint(quantize.state(denoiser), settings(denoiser)),
         scheduler=[type(scheduler).__name__, settings(scheduler)],
         dtype=str(family.dtype),
     )

@@ -144,15 +144,13 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
 
     cache: where encoded pictures and words are kept; who trains holds it with `using` to the end.
     """
-    from tunekit import families, objective, optim, tokens
+    from tunekit import families, objective, optim, quantize, tokens
     from tunekit.data import Cache
     from tunekit.inference import default_device
-    from tunekit.train import check_precision
 
     device = default_device()
     data = recipe.data
-    check_precision(device, recipe.train.precision)
-    optim.check_optimizer(recipe.train)
+    _check_machine(recipe, device)
     base = families.describe(recipe.base)
     if recipe.tokens:
         base.add_words(recipe.tokens, data.class_noun)
@@ -170,6 +168,7 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
         notes += _cut_prompts(recipe, base)
         notes += objective.notes(recipe.train.objective, family.schedule)
         notes += optim.notes(recipe.train, device.type)
+        notes += quantize.notes(family.denoiser, family.dtype)
         for note in notes:
             reporter.note(note)
         idle = ("vae",) if recipe.trains_text_encoder() else ("vae", *family.text_encoders)
@@ -221,6 +220,17 @@ def _looks(seen: Sheets, keepers: DataSheet | None) -> list[tuple[str, str]]:
         "Pictures of the class, trained beside": keepers,
     }
     return [(title, contact.section(sheet)) for title, sheet in titled.items() if sheet]
+
+
+def _check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Raise UserError for what this machine or its packages cannot do."""
+    from tunekit import optim, quantize
+    from tunekit.train import check_precision
+
+    check_precision(device, recipe.train.precision)
+    optim.check_optimizer(recipe.train)
+    if recipe.base.quantize is not None:
+        quantize.check(recipe.base.quantize)
 
 
 def _check_judges(recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -200,6 +200,7 @@ def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
         yield from _layouts(source, tree["export"].get("layouts"))
     yield from word_faults(source)
     if isinstance(base, dict):
+        yield from _quantize(source, base.get("quantize"))
         yield from _family(source, base, data if isinstance(data, dict) else {}, faulty)
     if isinstance(evaluate, dict):
         yield from _scheduler(source, evaluate)
@@ -253,6 +254,17 @@ def _layouts(source: Source, layouts: Any) -> Iterator[Fault]:
     for layout in asked or ():
         if problem := adapter.layout_fault(layout):
             yield source.fault(("export", "layouts"), problem)
+
+
+def _quantize(source: Source, kind: Any) -> Iterator[Fault]:
+    """Hold the adapter to what a base of few bits lets learn."""
+    try:
+        adapter = _sections(source.tree)["adapter"].model_validate(source.tree.get("adapter"))
+    except ValidationError:
+        return  # there is none, or its own faults are listed already
+    assert isinstance(adapter, schema.AdapterSettings)
+    if kind in get_args(schema.Quantized) and (problem := adapter.quantize_fault(kind)):
+        yield source.fault(("base", "quantize"), problem)
 
 
 def _family(

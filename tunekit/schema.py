@@ -24,6 +24,8 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """Every naming of adapter files, that of the recommended file first."""
 Layouts = Annotated[tuple[Layout, ...], Field(strict=False, min_length=1), AfterValidator(distinct)]
 
+Quantized = Literal["nf4", "int8", "int8_torchao", "fp8_torchao"]
+
 BUNDLED = "toybox"
 """The name of the models that come with the package."""
 
@@ -104,6 +106,15 @@ class Base(Section):
         "fp32",
         description="Number format the frozen base is held in. fp16 and bf16 halve its memory.",
         json_schema_extra=also("torch_dtype"),
+    )
+    quantize: Quantized | None = Field(
+        None,
+        description="What the frozen Linears of the denoiser are held as in training, to save "
+        "memory: 4 bits a weight (`nf4`) or 8, by bitsandbytes or torchao; null: as dtype says. "
+        "Needs `pip install tunekit[quantize]`.",
+        json_schema_extra=also(
+            "load_in_4bit", "load_in_8bit", "quantization", "quantization_config", "quantize_base"
+        ),
     )
     trust_remote_code: bool = Field(
         False, description="Whether code inside a model folder may run. Only for folders you trust."
@@ -217,6 +228,10 @@ class AdapterSettings(Section):
 
     def layout_fault(self, layout: str) -> str | None:
         """Return why `layout` cannot carry what these settings train; None where it can."""
+        return None
+
+    def quantize_fault(self, kind: str) -> str | None:
+        """Return why these cannot be learned on a base quantised so; None where they can."""
         return None
 
     def layouts(self, chosen: tuple[Layout, ...] | None = None) -> tuple[Layout, ...]:

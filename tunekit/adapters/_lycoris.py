@@ -37,6 +37,11 @@ class LycorisSettings(Ranked):
             return None
         return f"diffusers has no loader for {self.kind}: use kohya, which ComfyUI and tunekit read"
 
+    def quantize_fault(self, kind: str) -> str | None:
+        if kind != "nf4":
+            return None
+        return f"peft computes {self.kind} beside weights of a shape, and {kind} packs it away"
+
 
 class LycorisAdapter(PeftAdapter):
     """A kind whose factors go into a file as they are, with an alpha."""
@@ -51,9 +56,9 @@ class LycorisAdapter(PeftAdapter):
         for component, names in plan.items():
             for name in names:
                 weight: Any = family.component(component).get_submodule(name).weight
-                if not weight.is_floating_point():
+                if weight.ndim < 2 or weight.shape[1] == 1:  # packed, in no shape of its own
                     raise UserError(
-                        f"adapter.kind: {cls.kind} on quantised weights such as {component}.{name} "
+                        f"adapter.kind: {cls.kind} on packed weights such as {component}.{name} "
                         "is nothing that peft computes: hold the base in bf16, or choose another "
                         "kind"
                     )

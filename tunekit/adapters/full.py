@@ -58,6 +58,12 @@ class FullSettings(Targeted):
             "A1111 and tunekit read"
         )
 
+    def quantize_fault(self, kind: str) -> str | None:
+        return (
+            f"{kind} leaves the weights too few digits to learn themselves: leave it out, or "
+            "choose an adapter kind that learns beside them"
+        )
+
     def choose(self, family: Family) -> dict[str, list[str]]:
         """Return the names of the modules that learn, by component; UserError as usual."""
         plan = {}

@@ -57,7 +57,7 @@ class Latent(Family):
         self._tokenizers = self._read_tokenizers(folder)
         self.scheduler: Any = scheduler(folder, self.scheduler_settings(base, folder))
         self.schedule = self.read_schedule()
-        self._parts = Parts(folder, kinds, base, device)
+        self._parts = Parts(folder, kinds, base, device, self.denoiser_part)
         self.components()
         self._other_vae = base.vae
         if base.vae is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tunekit import singlefile
 from tunekit.errors import UserError
 from tunekit.modelfolder import ModelFolder, loading, read_json
+from tunekit.quantize import quantize
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +29,21 @@ _TIED = ("encoder.embed_tokens.weight",)
 class Parts:
     """The components of one base, frozen (`requires_grad` False, `eval()`), on one device.
 
-    kinds: component -> its class's name in diffusers or transformers. On the device "meta" they are
-    built from their configurations alone, and no weight is read.
+    kinds: component -> its class's name in diffusers or transformers. narrow: the component that
+    `base.quantize` is about. On the device "meta" they are built from their configurations alone,
+    and no weight is read, nor anything quantised.
     """
 
     def __init__(
-        self, folder: ModelFolder, kinds: Mapping[str, str], base: Base, device: torch.device
+        self,
+        folder: ModelFolder,
+        kinds: Mapping[str, str],
+        base: Base,
+        device: torch.device,
+        narrow: str,
     ) -> None:
         self.kinds = dict(kinds)
+        self._narrow = {narrow: base.quantize}
         self.device = device
         self.dtype = dtype_of(base)
         self._folder = folder
@@ -49,6 +57,8 @@ class Parts:
         if name not in self._loaded:
             module = self._read(name)
             self._counts[name] = sum(1 for _ in module.parameters())
+            if (kind := self._narrow.get(name)) is not None and self.device.type != "meta":
+                quantize(module, kind, self.device)
             self._loaded[name] = module.to(self.device).requires_grad_(False).eval()
         return self._loaded[name]
 
