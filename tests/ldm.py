@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,6 +64,25 @@ def single_file(folder: Path, path: Path, *, open_clip: bool = False, half: bool
     return path
 
 
+def single_file_xl(folder: Path, path: Path, marks: tuple[str, ...] = ()) -> Path:
+    """Write the Stable Diffusion XL in `folder` to one file at `path`, as people download them.
+
+    marks: names of empty tensors by which some tell what they predict.
+    """
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    both = [*_clip(pipe.text_encoder).items()]
+    both = [(f"embedders.0.{name}", tensor) for name, tensor in both]
+    both += [(f"embedders.1.{k}", t) for k, t in _open_clip(pipe.text_encoder_2).items()]
+    tensors = {
+        **_named("model.diffusion_model.", pipe.unet, _unet(pipe.unet)),
+        **_named("first_stage_model.", pipe.vae, _vae(pipe.vae)),
+        **{f"conditioner.{name}": tensor for name, tensor in both},
+        **{name: torch.empty(0) for name in marks},
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
 def _named(prefix: str, module: nn.Module, names: Names) -> dict[str, Tensor]:
     left = module.state_dict()
     named = {}
@@ -90,6 +109,9 @@ def _unet(unet: Any) -> Names:
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
     }.items()
+    if hasattr(unet, "add_embedding"):
+        yield "add_embedding.linear_1", "label_emb.0.0"
+        yield "add_embedding.linear_2", "label_emb.0.2"
     count = 1
     for i, block in enumerate(unet.down_blocks):
         for j in range(len(block.resnets)):
@@ -149,11 +171,14 @@ def _clip(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def _open_clip(encoder: Any) -> dict[str, Tensor]:
-    state = encoder.state_dict()
+    state = {k.removeprefix("text_model."): t for k, t in encoder.state_dict().items()}
     named = {
         "positional_embedding": state["embeddings.position_embedding.weight"],
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
     }
+    if "text_projection.weight" in state:
+        named["text_projection"] = state["text_projection.weight"].T
+        named["logit_scale"] = torch.ones(())  # for comparing with pictures
     for end in ("weight", "bias"):
         named[f"ln_final.{end}"] = state[f"final_layer_norm.{end}"]
         for i in range(encoder.config.num_hidden_layers):

@@ -11,11 +11,18 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 # What the tokenizer is trained on: the words that tests use are tokens or a few.
 SENTENCES = (
@@ -64,39 +71,104 @@ def tiny_sd(folder: Path, prediction_type: str = "epsilon", **scheduler: Any) ->
     """Save a Stable Diffusion of 32-pixel pictures and a quarter of a million weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _tiny_pipeline(prediction_type, scheduler).save_pretrained(folder, safe_serialization=True)
+        tokenizer = tiny_tokenizer()
+        settings = _schedule(prediction_type, scheduler)
+        pipeline = StableDiffusionPipeline(
+            text_encoder=CLIPTextModel(_clip(tokenizer)),
+            unet=_unet(
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=32,
+                attention_head_dim=4,
+            ),
+            vae=_vae(),
+            tokenizer=tokenizer,
+            scheduler=DDIMScheduler(**{"clip_sample": False} | settings),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
-def _tiny_pipeline(prediction_type: str, scheduler: dict[str, Any]) -> StableDiffusionPipeline:
-    tokenizer = tiny_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            projection_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+def tiny_sdxl(
+    folder: Path, prediction_type: str = "epsilon", layers: int = 2, **scheduler: Any
+) -> Path:
+    """Save a Stable Diffusion XL of 32-pixel pictures: two text encoders, sizes and crops.
+
+    layers: of each text encoder.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizers = tiny_tokenizer(), tiny_tokenizer()
+        tokenizers[1].pad_token = "!"  # as that of OpenCLIP
+        deep = {"num_hidden_layers": layers}
+        wide = {"hidden_size": 48, "projection_dim": 24, "hidden_act": "gelu"}
+        pipeline = StableDiffusionXLPipeline(
+            text_encoder=CLIPTextModel(_clip(tokenizers[0], **deep)),
+            text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizers[1], **wide, **deep)),
+            unet=_unet(
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=(1, 2),
+                cross_attention_dim=32 + wide["hidden_size"],
+                attention_head_dim=(2, 4),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=wide["projection_dim"] + 6 * 8,
+            ),
+            vae=_vae(),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            scheduler=EulerDiscreteScheduler(
+                **{"timestep_spacing": "leading"} | _schedule(prediction_type, scheduler)
+            ),
+            add_watermarker=False,
         )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _schedule(prediction_type: str, scheduler: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "steps_offset": 1,
+        "prediction_type": prediction_type,
+    } | scheduler
+
+
+def _clip(tokenizer: CLIPTokenizer, **settings: Any) -> CLIPTextConfig:
+    usual = {"hidden_size": 32, "projection_dim": 32, "num_hidden_layers": 2}
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        intermediate_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **usual | settings,
     )
-    unet = UNet2DConditionModel(
+
+
+def _unet(**settings: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
         block_out_channels=(16, 32),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
         norm_num_groups=8,
+        **settings,
     )
-    vae = AutoencoderKL(
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 16, 16),
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -105,27 +177,7 @@ def _tiny_pipeline(prediction_type: str, scheduler: dict[str, Any]) -> StableDif
         norm_num_groups=4,
         sample_size=32,
     )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(
-            **{
-                "beta_schedule": "scaled_linear",
-                "beta_start": 0.00085,
-                "beta_end": 0.012,
-                "clip_sample": False,
-                "steps_offset": 1,
-                "prediction_type": prediction_type,
-            }
-            | scheduler
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 # A builder for each family: the contract tests run over all of them.
-BUILDERS: dict[str, Callable[..., Path]] = {"sd": tiny_sd}
+BUILDERS: dict[str, Callable[..., Path]] = {"sd": tiny_sd, "sdxl": tiny_sdxl}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ class ExportedFile:
 
     layout: the client's of an adapter, WORDS of a new word, BUNDLE of both in one file. parity:
     what verification measured on it. diffusers: whether diffusers' own loader reads it; where not,
-    `tunekit.load` does.
+    `tunekit.load` does. plain: what plain diffusers needs to be told.
     """
 
     path: Path
@@ -59,6 +59,7 @@ class ExportedFile:
     parity: Parity
     diffusers: bool
     word: str | None = None
+    plain: modelcard.Plain = field(default_factory=modelcard.Plain)
 
     @property
     def what(self) -> str:
@@ -206,6 +207,9 @@ class _Work:
             parity=parity,
             diffusers=layout != BUNDLE and read_by_diffusers(tensors),
             word=word,
+            plain=modelcard.Plain(
+                type(self.family.pipeline()).__name__, dict(self.family.embedding_keys)
+            ),
         )
 
 
@@ -223,7 +227,7 @@ def write_card(
     words = [(f.word, f.path.name) for f in files if f.word is not None]
     path = files[0].path.parent / CARD
     card = modelcard.model_card(
-        recipe, described, resolution, scores, files[0].diffusers, words=words
+        recipe, described, resolution, scores, files[0].diffusers, words=words, plain=files[0].plain
     )
     write_whole(path, card)
     return path

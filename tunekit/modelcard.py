@@ -9,6 +9,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from tunekit.recipe import Recipe
 
 _MODELSPEC = "1.0.1"  # https://github.com/Stability-AI/ModelSpec
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What people who draw with plain diffusers have to know of the base.
+
+    pipeline: its class. encoders: text encoder -> what a file of a word calls its vectors, where
+    there are several.
+    """
+
+    pipeline: str = "StableDiffusionPipeline"
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
 
 def file_metadata(
@@ -127,15 +140,17 @@ def model_card(
     scores: Mapping[str, str] | None = None,
     diffusers: bool = True,
     words: Sequence[tuple[str, str]] = (),
+    plain: Plain | None = None,
 ) -> str:
     """Return the card (Markdown with Hugging Face's front matter) for an export folder.
 
     files: (file name, what it is) in order of recommendation. resolution: edge in pixels.
     scores: what to print in the table of scores, by its name; None where nothing was measured.
     diffusers: whether diffusers' own loader reads the first file. words: new words, and the files
-    among `files` that hold them.
+    among `files` that hold them. plain: what diffusers needs to be told of the base.
     """
     assert files
+    plain = plain or Plain()
     base, data = base_name(recipe), recipe.data
     prompt = expand((), data)[0]
     tags = ["text-to-image", "diffusers", "tunekit"]
@@ -156,7 +171,7 @@ def model_card(
         f"Say `{data.trigger}` in a prompt to call it, as in `{prompt}`.",
         "\n".join(["| file | what it is |", "|---|---|", *(f"| `{f}` | {w} |" for f, w in files)]),
         "## Drawing with it",
-        _usage(recipe, files[0][0], prompt, resolution, diffusers, words),
+        _usage(recipe, files[0][0], prompt, resolution, diffusers, words, plain),
         "## How it was made",
         _settings(recipe, resolution),
         "## How good it is",
@@ -173,6 +188,7 @@ def _usage(
     resolution: int,
     diffusers: bool,
     words: Sequence[tuple[str, str]],
+    plain: Plain,
 ) -> str:
     base = base_name(recipe)
     bundled = recipe.base.model == BUNDLED
@@ -181,7 +197,7 @@ def _usage(
     if recipe.adapter is not None:
         together.insert(0, file)
     if diffusers:
-        code = _by_diffusers(recipe, base, where, (file, words), prompt, resolution)
+        code = _by_diffusers(recipe, base, where, (file, words), prompt, resolution, plain)
     else:
         said = json.dumps(prompt, ensure_ascii=False)
         given = json.dumps(together[0] if len(together) == 1 else together)
@@ -208,6 +224,7 @@ def _by_diffusers(
     files: tuple[str, Sequence[tuple[str, str]]],
     prompt: str,
     resolution: int,
+    plain: Plain,
 ) -> list[str]:
     """Return the lines that draw with plain diffusers."""
     settings, bundled = recipe.evaluate, recipe.base.model == BUNDLED
@@ -216,12 +233,13 @@ def _by_diffusers(
     # A folder says itself which pipeline it is for, a single file does not.
     pipeline, load = "DiffusionPipeline", "from_pretrained"
     if base.endswith(".safetensors"):
-        pipeline, load = "StableDiffusionPipeline", "from_single_file"
+        pipeline, load = plain.pipeline, "from_single_file"
     file, words = files
-    loaded = [f"pipe.load_textual_inversion({json.dumps(name)})" for _, name in words]
+    loaded = [line for word, name in words for line in _word_by_diffusers(word, name, plain)]
     if recipe.adapter is not None:
         loaded.insert(0, f'pipe.load_lora_weights(".", weight_name={json.dumps(file)})')
     imports = ["import torch", f"from diffusers import {pipeline}"]
+    imports += ["from safetensors.torch import load_file"] if words and plain.encoders else []
     imports += ["import tunekit.toybox"] if bundled else []
     return [
         *imports,
@@ -238,6 +256,22 @@ def _by_diffusers(
         "    generator=torch.Generator().manual_seed(1),",
         ").images[0]",
     ]
+
+
+def _word_by_diffusers(word: str, file: str, plain: Plain) -> list[str]:
+    """Return the lines that load a word; of several text encoders diffusers takes one at a time."""
+    if not plain.encoders:
+        return [f"pipe.load_textual_inversion({json.dumps(file)})"]
+    lines = [f"word = load_file({json.dumps(file)})"]
+    for encoder, key in plain.encoders.items():
+        tokenizer = encoder.replace("text_encoder", "tokenizer")
+        lines += [
+            "pipe.load_textual_inversion(",
+            f'    word["{key}"], token={json.dumps(word, ensure_ascii=False)},',
+            f"    text_encoder=pipe.{encoder}, tokenizer=pipe.{tokenizer},",
+            ")",
+        ]
+    return lines
 
 
 def methods(recipe: Recipe) -> list[tuple[str, str]]:

@@ -267,6 +267,8 @@ class Loop:
         noisy = diffusion.add_noise(goal.schedule, latents, seen, timesteps)
         with self.accelerator.autocast():
             conditioning = self._encode(batch.captions) if self._encode else batch.conditioning
+            if batch.sizes is not None:
+                conditioning = family.with_sizes(conditioning, batch.sizes)
             prediction = family.predict(noisy, timesteps, conditioning)
         wanted = diffusion.target(goal.schedule, latents, noise, timesteps)
         mask = batch.mask.to(family.device) if batch.mask is not None else None

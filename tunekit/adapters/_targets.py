@@ -106,7 +106,7 @@ class Targeted(AdapterSettings):
         for component, module in self.components(family).items():
             text = component != "denoiser"
             key = "adapter.text_encoder_targets" if text else "adapter.targets"
-            presets = family.text_lora_presets if text else family.lora_presets
+            presets = family.text_presets(component) if text else family.lora_presets
             fallback = self.targets if isinstance(self.targets, str) else "attention"
             chosen = (self.text_encoder_targets or fallback) if text else self.targets
             patterns = presets[chosen] if isinstance(chosen, str) else chosen

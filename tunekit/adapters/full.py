@@ -76,7 +76,8 @@ class FullSettings(Targeted):
                     continue
             else:
                 chosen = self.text_encoder_targets or "full"
-                presets, key = family.text_lora_presets, "adapter.text_encoder_targets"
+                presets = family.text_presets(component)
+                key = "adapter.text_encoder_targets"
             patterns = presets[chosen] if isinstance(chosen, str) else chosen
             plan[component] = match_modules(
                 module, patterns, tuple({type(m) for m in owners.values()}), key

@@ -56,6 +56,17 @@ class Fit:
         # Whole pixels make the two axes differ by less than one of them.
         return max(self.width / (self.right - self.left), self.height / (self.bottom - self.top))
 
+    def told(self, width: int, height: int, mirrored: bool = False) -> tuple[int, ...]:
+        """Return what denoisers that mind sizes are told of this crop of width x height pixels.
+
+        The picture's height and width; the crop's top and left edge in the picture as it is scaled
+        to the result; the result's height and width (Podell et al. 2023, "SDXL", section 2.2).
+        mirrored: the edge in the mirrored picture.
+        """
+        left = width - self.right if mirrored else self.left
+        down, across = self.height / (self.bottom - self.top), self.width / (self.right - self.left)
+        return height, width, round(self.top * down), round(left * across), self.height, self.width
+
     def cut(self, width: int, height: int) -> float:
         """Return the share of a picture of width x height that is cut off: 0 to below 1."""
         return 1 - (self.right - self.left) * (self.bottom - self.top) / (width * height)

@@ -31,6 +31,7 @@ from tunekit.data.encode import (
     no_stage,
 )
 from tunekit.data.visits import Visit, Visits, variant
+from tunekit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,9 @@ class Batch:
     names: files, for messages. captions: as trained, "" where dropped. weights: [B] float32 above
     0, factors of the pictures' losses; None: all 1. mask: [B, 1, h, w] float32 in 0..1, weights of
     the loss on the latent grid, of which no picture's are all 0; None: all 1. prior: whether these
-    are pictures of the class, trained beside those of the subject.
+    are pictures of the class, trained beside those of the subject. sizes: [B, 6] int64, each
+    picture's height and width, the top and left edge of its crop after scaling, and the height and
+    width it was scaled to, in pixels; None: not known.
     """
 
     latents: Tensor
@@ -61,6 +64,7 @@ class Batch:
     weights: Tensor | None = None
     mask: Tensor | None = None
     prior: bool = False
+    sizes: Tensor | None = None
 
 
 class EncodedDataset:
@@ -192,7 +196,7 @@ class EncodedDataset:
         ]
         latents = torch.stack(
             [
-                self._recent.read(item.latents[number])["latents"]
+                self._read(item, item.latents[number])["latents"]
                 for item, number in zip(items, shown, strict=True)
             ]
         )
@@ -204,6 +208,9 @@ class EncodedDataset:
             captions=words,
             weights=torch.tensor([item.example.weight for item in items], dtype=torch.float32),
             mask=self._mask(items, shown, latents),
+            sizes=torch.tensor(
+                [item.sizes[number] for item, number in zip(items, shown, strict=True)]
+            ),
         )
 
     def batches(
@@ -217,6 +224,13 @@ class EncodedDataset:
         return captions.at_visit(
             item.example.captions, self._settings, self._seed, item.key, visit.number
         )
+
+    def _read(self, item: Item, entry: Entry) -> dict[str, Tensor]:
+        """Read what belongs to a picture; an error names it."""
+        try:
+            return self._recent.read(entry)
+        except UserError as error:
+            raise UserError(f"{item.example.name}: {error}") from error
 
     def _conditions(self, words: Sequence[str]) -> dict[str, Tensor]:
         import torch
@@ -239,7 +253,7 @@ class EncodedDataset:
             entry = item.masks[number]
             # Without a mask all of a picture counts; the preflight has said so.
             full = torch.ones(1, *latents.shape[-2:])
-            rows.append(full if entry is None else self._recent.read(entry)["weights"])
+            rows.append(full if entry is None else self._read(item, entry)["weights"])
         return torch.stack(rows)
 
 

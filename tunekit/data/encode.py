@@ -46,7 +46,8 @@ class Item:
     key: what it is, whatever its file is called: order and draws hang on it. bucket: w, h in
     pixels. latents: {"latents": [C, h, w]} for each variant (crops, then the same mirrored).
     masks: {"weights": [1, h, w]} for each variant, None where the picture has no mask and all of
-    it counts; empty where the recipe has none.
+    it counts; empty where the recipe has none. sizes: what is told of each variant, as
+    `Fit.told`.
     """
 
     example: Example
@@ -54,6 +55,7 @@ class Item:
     bucket: Size
     latents: tuple[Entry, ...]
     masks: tuple[Entry | None, ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()
 
 
 @contextlib.contextmanager
@@ -218,15 +220,17 @@ class _Pictures:
         flips = (False, True) if self.data.flip else (False,)
         variants = [(fit, flipped) for flipped in flips for fit in fits]
         latents = tuple(self._latents(opened, *variant) for variant in variants)
+        whole = opened.example.width, opened.example.height
+        sizes = tuple(fit.told(*whole, mirrored=flipped) for fit, flipped in variants)
         if self.data.mask is None:
-            return Item(opened.example, key, bucket, latents)
+            return Item(opened.example, key, bucket, latents, sizes=sizes)
         if not opened.example.mask_pixels:
-            return Item(opened.example, key, bucket, latents, (None,) * len(variants))
+            return Item(opened.example, key, bucket, latents, (None,) * len(variants), sizes)
         if bucket not in self._grids:
             height, width = latents[0].read()["latents"].shape[-2:]
             self._grids[bucket] = (width, height)
         weights = tuple(self._weights(opened, *variant) for variant in variants)
-        return Item(opened.example, key, bucket, latents, weights)
+        return Item(opened.example, key, bucket, latents, weights, sizes)
 
     def _latents(self, opened: _Opened, fit: Fit, flipped: bool) -> Entry:
         def make() -> dict[str, Tensor]:

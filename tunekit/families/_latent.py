@@ -204,9 +204,12 @@ class Latent(Family):
         # Some autoencoders overflow in half precision, and say so.
         wide = self.dtype == torch.float16 and vae.config.force_upcast
         with torch.no_grad():
+            if wide:
+                vae.float()
             dtype = torch.float32 if wide else self.dtype
-            posterior = vae.to(dtype).encode(pixels.to(self.device, dtype)).latent_dist
-            vae.to(self.dtype)
+            posterior = vae.encode(pixels.to(self.device, dtype)).latent_dist
+            if wide:
+                vae.half()
             # Newer autoencoders also move the latents' middle.
             middle = posterior.mode().float() - (getattr(vae.config, "shift_factor", None) or 0.0)
             latents: Tensor = middle * vae.config.scaling_factor

@@ -44,6 +44,23 @@ class UNet(Latent):
     }
     schedule: NoiseSchedule
 
+    def layers_read(self, encoder: str) -> int:
+        """Return how many of a text encoder's layers, from the first on, what it gives hangs on."""
+        config: Any = self.text_encoders[encoder].config
+        layers: int = config.num_hidden_layers
+        return layers - (self.clip_back or 0) - (self.clip_skip or 0)
+
+    def text_presets(self, encoder: str) -> Mapping[str, tuple[str, ...]]:
+        config: Any = self.text_encoders[encoder].config
+        read = self.layers_read(encoder)
+        if read == config.num_hidden_layers:
+            return self.text_lora_presets
+        layers = f"layers\\.(?:{'|'.join(map(str, range(read)))})"
+        return {
+            name: tuple(f"{layers}\\.{pattern}" for pattern in patterns)
+            for name, patterns in self.text_lora_presets.items()
+        }
+
     @staticmethod
     def variant_of(unet: Mapping[str, Any]) -> str | None:
         """Return what a U-Net is that takes more than noisy latents; None where it takes these."""

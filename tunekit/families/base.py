@@ -259,6 +259,13 @@ class Family(ABC):
     def facts(self) -> dict[str, str]:
         """Return the metadata that says which base an adapter file belongs to."""
 
+    def text_presets(self, encoder: str) -> Mapping[str, tuple[str, ...]]:
+        """Return `text_lora_presets` for one text encoder, without layers that nobody reads.
+
+        What is there could learn nothing.
+        """
+        return self.text_lora_presets
+
     def component(self, name: str) -> nn.Module:
         """Return "denoiser" or a text encoder by name."""
         return self.denoiser if name == "denoiser" else self.text_encoders[name]
