@@ -199,6 +199,76 @@ class TestSuspicious:
         assert any(line.startswith("suspicious") and said in line for line in info.lines())
 
 
+class TestReaders:
+    """What is so named that some clients, or all, would pass over it."""
+
+    def said(self, tensors: dict[str, Tensor], write: Write) -> tuple[str, ...]:
+        return describe(write(tensors)).suspicious
+
+    def test_names_of_peft_and_its_alpha_beside_the_file(self, tmp_path: Path) -> None:
+        tensors = {f"base_model.model.{k}": t for k, t in pair("mid_block.attn1.to_q").items()}
+        path = tmp_path / "adapter_model.safetensors"
+        write_safetensors(path, tensors)
+        (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "use_rslora": true}')
+        info = describe(path)
+        assert info.names == "PEFT (base_model)"
+        assert info.modules[0].alpha == 16, "8 over the root of 4, in terms of alpha / rank"
+        assert any("PEFT's own names" in line for line in info.suspicious)
+
+    @pytest.mark.parametrize(
+        "name", ["text_encoder.encoder.layers.0.mlp.fc1", "lora_te1_encoder_layers_0_mlp_fc1"]
+    )
+    def test_a_text_encoder_of_the_newest_release(self, name: str, write: Write) -> None:
+        assert any("without text_model" in line for line in self.said(pair(name), write))
+        whole = name.replace(".encoder", ".text_model.encoder").replace(
+            "te1_encoder", "te1_text_model_encoder"
+        )
+        assert not any("without text_model" in line for line in self.said(pair(whole), write))
+
+    def test_what_clients_read_differently(self, write: Write) -> None:
+        kohya = {
+            "lora_unet_a.lora_down.weight": random(4, 8),
+            "lora_unet_a.lora_up.weight": random(16, 4),
+            "lora_unet_a.alpha": torch.tensor(4.0),
+        }
+        assert self.said(kohya, write) == ()
+        dora = kohya | {"lora_unet_a.dora_scale": random(16, 1)}
+        other = {k.replace("unet_a", "unet_b"): t.clone() for k, t in kohya.items()}
+        other["lora_unet_b.alpha"] = torch.tensor(2.0)
+        for tensors, told in (
+            (dora, "DoRA in kohya's naming"),
+            (kohya | other, "several alphas: diffusers draws"),
+            (kohya | pair("unet.b"), "two clients' names in one file"),
+            (pair("unet.b") | {"unet.b.alpha": torch.tensor(4.0)}, "which diffusers refuses"),
+            (kohya | {"lora_unet_c.oft_R": random(2, 3)}, "only PEFT reads it"),
+        ):
+            assert any(told in line for line in self.said(tensors, write)), told
+
+    def test_modules_that_the_base_has_not(
+        self, exported: Path, tiny_folder: Callable[..., Path]
+    ) -> None:
+        fitting = describe(exported, str(tiny_folder()))
+        assert fitting.suspicious == ()
+        assert any(line.startswith("family     ") for line in fitting.lines())
+        tensors, metadata = read_safetensors(exported)
+        strange = exported.with_name("strange.safetensors")
+        write_safetensors(
+            strange, {k.replace("mid_block", "middle"): t for k, t in tensors.items()}, metadata
+        )
+        assert describe(strange).suspicious == ()
+        said = describe(strange, str(tiny_folder())).suspicious
+        assert any("no modules of" in line and "unet.middle." in line for line in said)
+
+    def test_a_product_that_would_fill_all_memory(self, write: Write) -> None:
+        huge = {
+            f"lora_unet_a.{half}_{end}": torch.zeros(*shape)
+            for half in ("hada_w1", "hada_w2")
+            for end, shape in (("a", (500_000, 1)), ("b", (1, 500_000)))
+        }
+        (module,) = describe(write(huge)).modules
+        assert module.norm is None
+
+
 class TestRefused:
     def refused(self, path: Path, said: str) -> None:
         with pytest.raises(UserError, match=said) as caught:

@@ -264,13 +264,17 @@ def generate(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors adapter file.")],
+    file: cli_files.File,
+    base: Annotated[
+        str | None,
+        typer.Option(help="toybox, a folder or a Hub id: compare the names with its modules."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Describe an adapter file. Says kind, ranks, norms, metadata, and what looks wrong in it."""
     from tunekit.info import describe
 
-    described = describe(file)
+    described = describe(file, base)
     if as_json:
         print_json(described.as_dict())
     else:

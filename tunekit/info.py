@@ -7,21 +7,22 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tunekit import embeddings
-from tunekit.checkpoint import read_safetensors
 from tunekit.embeddings import Embedding
 from tunekit.errors import UserError
-from tunekit.factors import ModuleInfo, adapter_metadata, group, is_kohya, read_module
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from tunekit.factors import ModuleInfo, group, is_kohya, read_module
+from tunekit.files.adapter import beside
+from tunekit.files.names import Names
+from tunekit.files.sources import outline
+from tunekit.files.stream import Form, TensorFile
+from tunekit.schema import Base
+from tunekit.suspicions import Looks, Shapes, some, suspicions
 
 _COMPONENT = re.compile(r"^(lora_(?:unet|te\d?|transformer)|[a-z]\w*(?=\.))")
 _UNSAID = "not said"
-_LARGEST = {"fp16": 65504.0}  # what may come near to overflowing
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class AdapterInfo:
     metadata: dict[str, str]
     suspicious: tuple[str, ...]
     words: tuple[WordInfo, ...] = ()
+    family: str | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Return everything as JSON values."""
@@ -85,6 +87,7 @@ class AdapterInfo:
             ("kind", f"{self.kind}: {modules}{self.parameters:,} parameters"),
             ("names", self.names),
             ("for", self._made_for()),
+            *([("family", self.family)] if self.family else []),
             ("trigger", self.trigger or "not said"),
             *(("new word", word.told()) for word in self.words),
         ]
@@ -124,40 +127,47 @@ class AdapterInfo:
         return f"median {middle:.3g}, from {low:.3g} ({low_name}) to {high:.3g} ({high_name})"
 
 
-def describe(path: Path) -> AdapterInfo:
+def describe(path: Path, base: str | None = None) -> AdapterInfo:
     """Describe the adapter file at `path`; reads its tensors, loads no model and runs no code.
+
+    base: a folder, a Hub id or "toybox", with whose modules the file's names are compared; of it
+    only the configurations are read.
 
     Raises UserError, one line, for a file that is missing, pickled, broken or truncated, holds no
     adapter, or whose factors cannot be multiplied.
     """
-    whole, metadata = read_safetensors(path)
-    found, tensors = embeddings.split(path, whole, metadata)
-    grouped, unread = group(tensors)
+    file = TensorFile(path)
+    metadata = file.metadata
+    found, keys = _words(path, file)
+    grouped, unread = group(dict.fromkeys(keys))  # type: ignore[arg-type]
     if not grouped and not found:
         raise UserError(
-            f"{path}: holds no adapter: none of its {len(tensors)} tensors is a factor of one"
+            f"{path}: holds no adapter: none of its {len(keys)} tensors is a factor of one"
             + (f" (the first is {unread[0]})" if unread else "")
         )
-    scales = adapter_metadata(path, metadata)
-    modules = tuple(
-        read_module(path, name, parts, scales) for name, parts in sorted(grouped.items())
-    )
+    modules, looks = _modules(path, file, keys, beside(path, metadata))
+    shapes = _shapes(file, keys)
     kinds = sorted({module.kind for module in modules})
     kind = kinds[0] if len(kinds) == 1 else f"mixed ({', '.join(kinds)})"
     if found:
         kind = f"bundle ({kind} and new words)" if kinds else "new words (textual inversion)"
-    said = [*_suspicious(tensors, metadata, modules, grouped, unread)] if tensors else []
+    said = [*suspicions(looks, metadata, modules, shapes, unread)] if keys else []
+    family = None
+    if base is not None:
+        names = Names(outline(Base(model=base)))
+        family = names.family
+        said += _strange(names, [module.name for module in modules])
     return AdapterInfo(
         file=path.name,
         bytes=path.stat().st_size,
         kind=kind,
-        names=_naming(tensors) if tensors else _word_naming(found),
+        names=_naming(keys) if keys else _word_naming(found),
         architecture=_first(metadata, "modelspec.architecture", "ss_base_model_version")
-        or _by_shape(grouped),
+        or _by_shape(shapes),
         base=_first(metadata, "tunekit.base", "ss_sd_model_name"),
         trigger=_first(metadata, "modelspec.trigger_phrase"),
-        dtypes=_tally(_dtype(tensor) for tensor in whole.values()),
-        parameters=sum(tensor.numel() for tensor in whole.values()),
+        dtypes=_tally(_dtype(form) for form in file.forms.values()),
+        parameters=sum(prod(form.shape) for form in file.forms.values()),
         ranks=_tally(module.rank for module in modules if module.rank is not None),
         alphas=_tally(_UNSAID if m.alpha is None else f"{m.alpha:g}" for m in modules),
         targets=_tally(_target(module.name) for module in modules),
@@ -166,7 +176,43 @@ def describe(path: Path) -> AdapterInfo:
         metadata=dict(metadata),
         suspicious=(*said, *_suspicious_words(found)),
         words=tuple(_word(word) for word in found),
+        family=family,
     )
+
+
+def _words(path: Path, file: TensorFile) -> tuple[tuple[Embedding, ...], list[str]]:
+    """Return the file's new words, and the names of all other tensors."""
+    if not embeddings.contents(path)[0]:
+        return (), list(file.forms)
+    whole = {name: file.read(name) for name in file.forms}
+    found, rest = embeddings.split(path, whole, file.metadata)
+    return found, list(rest)
+
+
+def _modules(
+    path: Path, file: TensorFile, keys: Sequence[str], scales: Mapping[str, object]
+) -> tuple[tuple[ModuleInfo, ...], Looks]:
+    """Describe each module, of which one at a time is in memory."""
+    grouped, _ = group({key: key for key in keys})  # type: ignore[misc]
+    looks, modules = Looks(), []
+    for name, own in sorted(grouped.items()):
+        parts = {factor: file.read(str(key)) for factor, key in own.items()}
+        for factor, tensor in parts.items():
+            looks.look(str(own[factor]), tensor)
+        modules.append(read_module(path, name, parts, scales))
+    return tuple(modules), looks
+
+
+def _shapes(file: TensorFile, keys: Sequence[str]) -> Shapes:
+    grouped, _ = group({key: file.forms[key].shape for key in keys})  # type: ignore[misc]
+    return grouped  # type: ignore[return-value]
+
+
+def _strange(names: Names, modules: Sequence[str]) -> Iterable[str]:
+    """Yield what is named as no module of a base is."""
+    unknown = [name for name in modules if names.find(name) is None]
+    if unknown:
+        yield f"no modules of {names.label}: {some(unknown)}"
 
 
 def _word(found: Embedding) -> WordInfo:
@@ -197,87 +243,26 @@ def _first(metadata: Mapping[str, str], *keys: str) -> str | None:
     return next((metadata[key] for key in keys if metadata.get(key)), None)
 
 
-def _by_shape(grouped: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+def _by_shape(shapes: Shapes) -> str | None:
     """Say what the adapted modules tell of the base: how wide the text is that it listens to."""
-    for name, parts in grouped.items():
-        if re.search(r"attn2[._]to_[kv]$", name) and "down" in parts:
-            return f"a U-Net over text {parts['down'].shape[1]} wide (told by a shape)"
-    if any(name.startswith(("transformer.", "lora_transformer_")) for name in grouped):
+    for name, parts in shapes.items():
+        if re.search(r"attn2[._]to_[kv]$", name) and len(parts.get("down", ())) > 1:
+            return f"a U-Net over text {parts['down'][1]} wide (told by a shape)"
+    if any(name.startswith(("transformer.", "lora_transformer_")) for name in shapes):
         return "a transformer (told by names)"
     return None
 
 
-def _suspicious(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    modules: tuple[ModuleInfo, ...],
-    grouped: Mapping[str, Mapping[str, Tensor]],
-    unread: tuple[str, ...],
-) -> Iterable[str]:
-    broken = [key for key, tensor in sorted(tensors.items()) if not _finite(tensor)]
-    if broken:
-        yield f"NaN or infinite numbers in {_some(broken)}"
-    zero = [module.name for module in modules if module.norm == 0]
-    if zero:
-        whole = "the whole adapter changes nothing: " if len(zero) == len(modules) else ""
-        yield f"{whole}zero change in {_some(zero)}"
-    halves = [name for name, parts in grouped.items() if ("down" in parts) != ("up" in parts)]
-    if halves:
-        yield f"only one of two factors in {_some(halves)}"
-    bare = [name for name, parts in grouped.items() if set(parts) == {"alpha"}]
-    if bare:
-        yield f"an alpha without factors in {_some(bare)}"
-    # A whole difference has no rank, and so nothing that an alpha would be held against.
-    kohya = [
-        name
-        for name, parts in grouped.items()
-        if is_kohya(name) and "alpha" not in parts and not parts.keys() <= {"diff", "diff_b"}
-    ]
-    if kohya:
-        yield f"no alpha, so that clients take alpha = rank, in {_some(kohya)}"
-    if any(name.startswith("lora_adapter") for name in metadata) and any(
-        module.alpha not in (None, module.rank) for module in modules
-    ):
-        yield "its alpha is in metadata that only diffusers reads: elsewhere the strength is off"
-    huge = [
-        key
-        for key, tensor in sorted(tensors.items())
-        if (most := _LARGEST.get(_dtype(tensor))) and _largest(tensor) > most / 2
-    ]
-    if huge:
-        yield f"numbers near what the format can hold in {_some(huge)}"
-    wide = [m.name for m in modules if m.rank and m.rank > _narrow(grouped[m.name])]
-    if wide:
-        yield f"a rank above the module's own width in {_some(wide)}"
-    if unread:
-        yield f"tensors that are no factor of an adapter: {_some(unread)}"
-
-
-def _finite(tensor: Tensor) -> bool:
-    whole = tensor if tensor.is_complex() else tensor.double()  # 8-bit formats cannot tell
-    return bool(whole.isfinite().all())
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
-def _narrow(parts: Mapping[str, Tensor]) -> int:
-    """Return the smaller of a module's two sizes: no weight change has a higher rank."""
-    sizes = []
-    if "up" in parts:
-        sizes.append(parts["up"].shape[0])
-    if "down" in parts:
-        sizes.append(parts["down"].flatten(1).shape[1])
-    return min(sizes, default=2**31)
-
-
-def _naming(tensors: Mapping[str, Tensor]) -> str:
+def _naming(keys: Sequence[str]) -> str:
     """Say whose names the file uses, and for which parts of a model."""
-    components = _tally(m[1] if (m := _COMPONENT.match(key)) else "unnamed" for key in tensors)
-    whose = "kohya" if all(is_kohya(key) for key in tensors) else "diffusers"
-    if any(re.search(r"[._]lora\.(down|up)|\.lora_linear_layer\.", key) for key in tensors):
+    components = _tally(m[1] if (m := _COMPONENT.match(key)) else "unnamed" for key in keys)
+    whose = "kohya" if all(is_kohya(key) for key in keys) else "diffusers"
+    if any(re.search(r"[._]lora\.(down|up)|\.lora_linear_layer\.", key) for key in keys):
         whose = "diffusers before PEFT"
+    if all(key.startswith("base_model.") for key in keys):
+        whose = "PEFT"
+    if all(key.startswith("lycoris_") for key in keys):
+        whose = "LyCORIS"
     return f"{whose} ({', '.join(components)})"
 
 
@@ -290,9 +275,8 @@ def _target(name: str) -> str:
     return ".".join(words[-2:]) if words[-1].isdigit() and len(words) > 1 else words[-1]
 
 
-def _dtype(tensor: Tensor) -> str:
-    long = str(tensor.dtype).removeprefix("torch.")
-    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(long, long)
+def _dtype(form: Form) -> str:
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(form.dtype, form.dtype)
 
 
 def _tally(values: Iterable[object]) -> dict:  # type: ignore[type-arg]
@@ -304,12 +288,6 @@ def _counts(tally: Mapping[object, int] | Mapping[int, int] | Mapping[str, int])
     if len(tally) == 1:
         return str(next(iter(tally)))
     return ", ".join(f"{value} ({count})" for value, count in tally.items())
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    known = list(names)
-    rest = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + rest
 
 
 def _short(text: str, most: int = 100) -> str:

@@ -89,6 +89,25 @@ def metadata_of(path: Path) -> dict[str, str]:
     return TensorFile(path).metadata
 
 
+def beside(path: Path, metadata: Mapping[str, str]) -> Mapping[str, object]:
+    """Return what stands beside a file's tensors about alphas: diffusers' way, or PEFT's.
+
+    diffusers writes it into the metadata, PEFT into a file of its own. Raises UserError for JSON
+    that is none.
+    """
+    scales = adapter_metadata(path, metadata)
+    config_file = path.with_name(_PEFT_CONFIG)
+    if scales or not config_file.is_file() or not path.name.startswith("adapter_model"):
+        return scales
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{config_file}: cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file}: holds no JSON object")
+    return {f"base_model.{key}": value for key, value in config.items()}
+
+
 class AdapterFile:
     """An adapter file, bound to the modules of a base.
 
@@ -114,7 +133,7 @@ class AdapterFile:
                 f"{path}: {len(unread)} tensors are no factors of an adapter: {listed([*unread])}"
             )
         self._keys = self._by_module()
-        self._scales = self._declared()
+        self._scales = beside(path, self.metadata)
         self.places = self._bind()
         self.layout = "kohya" if all(map(is_kohya, self._keys)) else "diffusers"
         bare = [name for name in self._keys if self._unsaid(name)]
@@ -133,20 +152,6 @@ class AdapterFile:
                 raise UserError(f"{self.path}: {key} and {found[module][factor]} are one factor")
             found[module][factor] = key
         return found
-
-    def _declared(self) -> Mapping[str, object]:
-        """Return what stands beside the tensors about alphas: diffusers' way, or PEFT's."""
-        scales = adapter_metadata(self.path, self.metadata)
-        beside = self.path.with_name(_PEFT_CONFIG)
-        if scales or not beside.is_file() or not self.path.name.startswith("adapter_model"):
-            return scales
-        try:
-            config = json.loads(beside.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{beside}: cannot be read as JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{beside}: holds no JSON object")
-        return {f"base_model.{key}": value for key, value in config.items()}
 
     def _unsaid(self, name: str) -> bool:
         keys = self._keys[name]

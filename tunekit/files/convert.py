@@ -7,7 +7,7 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunekit.errors import UserError
 from tunekit.files import output, sources
@@ -155,5 +155,5 @@ def _without(parts: Parts, names: list[str]) -> Parts:
 
 
 def _off(one: Tensor, other: Tensor) -> float:
-    wide: Any = one.double()
-    return share(float((wide - other.double()).norm()), float(wide.norm()))
+    wide = one.float()
+    return share(float((wide - other.float()).norm()), float(wide.norm()))

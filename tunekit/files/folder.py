@@ -195,8 +195,9 @@ class _Work:
                     f"{str(kind).removeprefix('torch.')} can hold; a lower weight, or --dtype fp32"
                 )
             if change is not None:
-                self.squared += float(change.double().norm()) ** 2
-                self.lost += float((cast.double() - whole.double()).norm()) ** 2
+                self.squared += float(change.norm()) ** 2
+                if cast is not whole:
+                    self.lost += float((cast.float() - whole).norm()) ** 2
             tick()
             yield entry.wide, cast
 

@@ -32,7 +32,7 @@ class Names:
         import torch
 
         self._family = family
-        self.label = family.label
+        self.label, self.family = family.label, family.name
         self.modules: dict[Place, nn.Module] = {}
         whole: dict[str, nn.Module] = {"denoiser": family.denoiser, **family.text_encoders}
         self.folders = {name: self._folder(name) for name in whole}

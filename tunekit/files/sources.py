@@ -52,7 +52,14 @@ def find_base(asked: str | None, metadata: Mapping[str, str], path: Path) -> Bas
 
 def outline(base: Base) -> Family:
     """Return a base without its weights: names, shapes and facts."""
-    return families.load(base, "meta")
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of number formats, which weights alone have
+    try:
+        return families.load(base, "meta")
+    finally:
+        logging.set_verbosity(level)
 
 
 @dataclass(frozen=True)
