@@ -1,0 +1,122 @@
+"""The verbs about files: what they print, what they refuse, and how."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from made_files import export
+
+from tunekit.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+Run = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tunekit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capsys.readouterr()
+        return left.value.code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tiny_folder(), "LoRA", tmp_path_factory.mktemp("lora"))["kohya"]
+
+
+def test_there_and_on(
+    run: Run, lora: Path, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One file goes through every verb; each says what it did."""
+    base = tiny_folder()
+    out = tmp_path / "d.safetensors"
+    code, told, _ = run("convert", lora, "--to", "diffusers", "--base", base, "--out", out)
+    assert code == 0
+    assert "modules (LoRA) from kohya to diffusers" in told
+    assert "again when converted back" in told
+    code, told, _ = run("merge", f"{out}:0.5", "--base", base, "--out", tmp_path / "m", "--json")
+    assert code == 0
+    assert json.loads(told)["adapters"] == ["d.safetensors x 0.5"]
+    extracted = tmp_path / "x.safetensors"
+    code, told, _ = run("extract", tmp_path / "m", "--from", base, "--rank", 4, "--out", extracted)
+    assert code == 0
+    assert "of rank 4 keep 100.00% of the squared norm" in told
+    small = tmp_path / "s.safetensors"
+    words = ("resize", extracted, "--energy", 0.9, "--out", small, "--base", base, "--json")
+    code, told, _ = run(*words)
+    report = json.loads(told)
+    assert 0.9 <= report["kept"] < 1
+    assert report["kept"] == pytest.approx(1 - (report["lost"] / report["norm"]) ** 2)
+    both = tmp_path / "b.safetensors"
+    words = ("merge", lora, f"{small}:2", "--into-adapter", "--base", base, "--out", both)
+    code, told, err = run(*words)
+    assert code == 0, err
+    assert "merged by concat: zorp-kohya.safetensors x 1, s.safetensors x 2" in told
+    assert run("info", both)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["convert", "LORA", "--to", "comfy"], "--to: comfy is no layout"),
+        (["convert", "LORA", "--to", "kohya", "--dtype", "fp8"], "--dtype: fp8 is none of"),
+        (["convert", "none.safetensors", "--to", "kohya"], "none.safetensors: cannot be read"),
+        (["convert", "LORA", "--to", "kohya", "--base", "nowhere"], "there is no folder nowhere"),
+        (["merge", "LORA", "--out", "m", "--rank", "4"], "--rank: is for --into-adapter"),
+        (["merge", "LORA:x", "--out", "m"], '"x" is no weight'),
+        (["merge", "LORA", "--into-adapter", "--out", "m"], "does not end in .safetensors"),
+        (["resize", "LORA", "--out", "m.safetensors"], "name --rank, --energy or --frobenius"),
+        (
+            ["resize", "LORA", "--out", "m.safetensors", "--energy", "0.5", "--frobenius", "0.5"],
+            "both say how much is kept",
+        ),
+        (["extract", "toybox", "--from", "toybox", "--rank", "2", "--out", "LORA"], "is there"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_fault_is_one_line_and_exit_code_2(
+    words: list[str],
+    says: str,
+    run: Run,
+    lora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*[word.replace("LORA", str(lora)) for word in words])
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; sys.argv = ['tunekit', 'merge', '--help']\n"
+        "from tunekit.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    sys.stderr.write(str({'torch', 'diffusers', 'peft'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stderr == "set()"
+
+
+@pytest.mark.timeout(600)  # some hundred megabytes are written and read
+def test_memory_follows_the_largest_weight_and_not_the_model() -> None:
+    words = ["benchmarks/files_memory.py", "--megabytes", "250", "--only", "merge"]
+    ran = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    told = json.loads(ran.stdout)
+    assert told["model_mb"] > 250
+    assert told["verbs"][0]["rise_mb"] < told["model_mb"] / 2
