@@ -234,9 +234,10 @@ def check_options(words: list[str]) -> None:
         return
     assert words[0] in VERBS.commands, f"there is no verb {words[0]}"
     verb = VERBS.commands[words[0]]
-    if hasattr(verb, "commands"):  # a verb of verbs, such as cache
-        assert words[1] in verb.commands, f"there is no verb {words[0]} {words[1]}"
-        verb = verb.commands[words[1]]
+    if hasattr(verb, "commands"):  # a verb of verbs, such as cache; `runs` alone lists
+        inner = words[1] if words[1:] and words[1] in verb.commands else "list"
+        assert inner in verb.commands, f"there is no such verb: {words}"
+        verb = verb.commands[inner]
     known = {name for option in verb.params for name in option.opts}
     for word in words[1:]:
         assert not word.startswith("--") or word in known | {"--help"}, f"{words[0]} has no {word}"

@@ -20,7 +20,7 @@ from tunekit.runwriter import Log, RunWriter
 
 STEP: Any = SimpleNamespace(
     step=1, loss=1.0, lr=1e-3, grad_norm=1.0, images_per_second=1.0, memory_bytes=1, seconds=1.0,
-    skipped=False, prior_loss=None,
+    skipped=False, prior_loss=None, noticed=None, skips=0, spike=None,
 )  # fmt: skip
 
 

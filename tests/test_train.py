@@ -345,7 +345,7 @@ class TestWeights:
         prior = dataclasses.replace(
             batch, latents=bad, prior=True, names=tuple(f"prior/{i}" for i in range(4))
         )
-        with pytest.raises(TrainingError, match=r"with prior/2 \(timestep \d+\);"):
+        with pytest.raises(TrainingError, match=r"with prior/2 \(timestep \d+, \"a red robot\"\);"):
             record(lambda step, micro: [batch, prior])
 
 

@@ -77,6 +77,13 @@ def steps(parent: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of a folder that `steps` returned."""
+    found = _STEP.fullmatch(folder.name)
+    assert found is not None, folder
+    return int(found[1])
+
+
 def read(folder: Path) -> Checkpoint:
     """Return a checkpoint, every byte of it checked against the manifest before any is used.
 

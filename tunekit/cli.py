@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tunekit import cli_data, cli_files
+from tunekit import cli_data, cli_files, cli_runs
 from tunekit.cli_options import AsJson, Overrides, RecipeFile, print_json
 from tunekit.errors import UserError
 
@@ -165,6 +165,7 @@ def schema(
 app.command()(cli_data.inspect)
 app.command()(cli_data.caption)
 app.add_typer(cli_data.cache, name="cache")
+app.add_typer(cli_runs.runs, name="runs")
 app.command()(cli_files.convert)
 app.command()(cli_files.merge)
 app.command()(cli_files.extract)

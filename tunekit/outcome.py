@@ -32,8 +32,11 @@ class Outcome:
     parameters: int
     files: Sequence[ExportedFile]
 
-    def facts(self) -> dict[str, Any]:
-        """Return what scores.json says of the run itself."""
+    def facts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what scores.json says of the run itself.
+
+        step: after which the files were made; lines: those of metrics.jsonl.
+        """
         from tunekit.train import peak_memory
 
         made = datetime.datetime.now().astimezone().replace(microsecond=0)
@@ -45,6 +48,9 @@ class Outcome:
             "machine": machine(self.prepared.device),
             "versions": versions(),
             "trained_numbers": self.parameters,
+            "step": step,
+            "chosen_by": "likeness of samples" if self.recipe.train.keep_best else "last step",
+            "steps_skipped": sum(bool(line.get("skipped")) for line in lines),
             "files": [
                 {
                     "path": str(file.path.relative_to(self.folder)),
@@ -88,10 +94,21 @@ class Outcome:
                 for file in self.files
             ],
             command=f'tunekit generate --run {self.folder} --prompt "{example}"',
-            notes=ready.notes,
+            notes=[*ready.notes, *_skipped(lines)],
             sheets=ready.looks,
             styles=contact.styles(),
             keepers=ready.some_keepers(),
             kept=len(ready.keepers.examples) if ready.keepers else 0,
         )
         return write_report(facts, evaluation, *ready.references)
+
+
+def _skipped(lines: Sequence[Mapping[str, Any]], most: int = 20) -> list[str]:
+    """Return what there is to tell of steps that were not taken, and of spikes that were."""
+    told = []
+    for key, what in {"skipped": "were not taken", "spike": "had a spike of the loss"}.items():
+        steps = [str(line["step"]) for line in lines if line.get(key)]
+        more = f" and {len(steps) - most} more" if len(steps) > most else ""
+        if steps:
+            told.append(f"{len(steps)} of the steps {what}: {', '.join(steps[:most])}{more}")
+    return told

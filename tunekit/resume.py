@@ -14,7 +14,13 @@ from tunekit.recipe import Recipe
 from tunekit.runfolder import CHECKPOINTS, PICTURES, RunFolder
 
 # What may differ from the run that was stopped, since nothing that is learned depends on it.
-FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every")
+FREE = frozenset(
+    f"train.{key}"
+    for key in (
+        *("steps", "log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every"),
+        *("on_nonfinite", "max_skips"),  # a step that is saved was finite, or skipped and said so
+    )
+)
 # What the saved tensors belong to: another value makes them meaningless.
 FIXED = ("base", "adapter", "tokens", "train.optimizer")
 # Without these a run would go on, and be another one.
@@ -50,7 +56,10 @@ def find(
         earlier = [path for path in checkpoint.steps(run / CHECKPOINTS) if path.name < folder.name]
         offer = f"; the one before is --resume {earlier[-1]}" if earlier else ""
         raise UserError(f"{error}{offer}") from None
-    if missing := sorted(NEEDED - saved.tensors.keys()):
+    needed = set(NEEDED)
+    if former.recipe.train.ema is not None:  # without these an average would begin anew, unsaid
+        needed |= {"ema", "trained"} if former.recipe.train.ema_export else {"ema"}
+    if missing := sorted(needed - saved.tensors.keys()):
         raise UserError(
             f"{folder}: has no {' and no '.join(missing)} state, so nothing can go on from here as "
             "if it had not been stopped; take another checkpoint"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunekit import outofmemory
 from tunekit.recipe import Recipe, dump_yaml, recipe_from
 from tunekit.runfolder import EXPORT, PICTURES, RECIPE
 from tunekit.runstate import Keeper
@@ -111,7 +112,8 @@ def train(
     reporter = reporter or OnScreen()
     cache = Cache(say=reporter.note)
     with quietly(), heard(reporter.note) as wish, cache.using():
-        prepared = prepare(resolved, reporter, cache)
+        with outofmemory.told(lambda: "while the run was prepared", resolved):
+            prepared = prepare(resolved, reporter, cache)
         if point is not None:
             compare_pictures(writer.path, prepared.manifest(), allow_changed)
         session = _Session(resolved, writer, reporter, prepared, wish, point)
@@ -170,11 +172,12 @@ class _Session:
 
     def __post_init__(self) -> None:
         from tunekit.preparation import drawing_of, question_of
-        from tunekit.samples import Samples
+        from tunekit.samples import SAMPLE_PROMPTS, Samples
 
         self.question = question_of(self.recipe)
         drawing = drawing_of(self.recipe, self.prepared.resolution)
-        self.samples = Samples(self.writer.path / SAMPLES, self.question, drawing)
+        most = None if self.recipe.train.keep_best else SAMPLE_PROMPTS
+        self.samples = Samples(self.writer.path / SAMPLES, self.question, drawing, most)
         self.parameters = self.prepared.adapter.parameter_count()
         self.start = self.point.step if self.point else 0
         self.keeper = Keeper(self.writer.path, self.start, self.recipe.train.steps)
@@ -183,6 +186,9 @@ class _Session:
         """Return about how many bytes the run will write: checkpoints, export, pictures."""
         train = self.recipe.train
         saved = math.ceil(train.steps / (train.checkpoint_every or train.steps)) + 1
+        if train.keep_last is not None:
+            apart = train.steps // train.keep_every if train.keep_every else 0
+            saved = min(saved, train.keep_last + apart + train.keep_best + 1)
         pictures = 3 * self.prepared.resolution**2 * (4 * len(self.question.prompts) + 16)
         return 4 * self.parameters * saved + pictures + 5_000_000
 
@@ -198,7 +204,9 @@ class _Session:
         refused: ExportError | None = None
         with Log(self.writer.path, self.start if self.point else None) as log:
             with self._timed("training"):
-                self._course().train(log)
+                course = self._course()
+                course.train(log)
+                step = course.choose(log)
             with self._timed("exporting"):
                 try:
                     files = self._export()
@@ -209,11 +217,11 @@ class _Session:
             with self._timed("evaluating"):
                 evaluation = self._evaluate(files)
             self.samples.before_after(evaluation.pairs)
-            log.scores(evaluation.scores["scores"], self.recipe.train.steps)
+            log.scores(evaluation.scores["scores"], step)
         outcome = Outcome(
             self.recipe, self.writer.path, self.prepared, self.seconds, self.parameters, files
         )
-        evaluation.scores["run"] = outcome.facts()
+        evaluation.scores["run"] = outcome.facts(step, log.lines)
         if files:
             told = for_card(evaluation.scores)
             write_card(self.recipe, files, self.prepared.resolution, told)

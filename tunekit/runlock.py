@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,12 +102,18 @@ def hold(folder: Path) -> Iterator[Holder | None]:
     with lock:
         check(folder)
         left = holder(folder)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _refusal(folder, holder(folder) or Holder.me()) from None
-        except OSError:  # a disk that knows no locks: the name in the file is all there is
-            check(folder)
+        for patience in (True, True, True, False):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not patience:
+                    raise _refusal(folder, holder(folder) or Holder.me()) from None
+                time.sleep(0.1)  # somebody may only be looking
+                check(folder)
+            except OSError:  # a disk that knows no locks: the name in the file is all there is
+                check(folder)
+                break
         with disk_errors(folder):
             lock.truncate(0)
             lock.write(f"{json.dumps(asdict(Holder.me()))}\n".encode())

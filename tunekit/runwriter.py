@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tunekit import checkpoint, runlock
 from tunekit.errors import UserError
+from tunekit.keeping import LIKENESS
 from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
 from tunekit.runlock import LOCK, Holder
 from tunekit.runstate import STATE
@@ -167,7 +168,7 @@ class Log:
         self._after = after
         self.lines: list[dict[str, float | None]] = []
         if after is not None:
-            self.lines = [line for line in _lines(self._metrics) if line["step"] <= after]
+            self.lines = [line for line in read_metrics(self._metrics) if line["step"] <= after]
 
     def __enter__(self) -> Self:
         from torch.utils.tensorboard import SummaryWriter
@@ -215,28 +216,39 @@ class Log:
             self._board.flush()
 
     def step(self, record: StepRecord) -> None:
-        """Write a step. A gradient norm that fp16 overflowed is null in JSON."""
+        """Write a step. What is no finite number, as where fp16 overflowed, is null in JSON."""
         values: dict[str, float | None] = {
-            "loss": record.loss,
+            "loss": _finite(record.loss),
             "lr": record.lr,
-            "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
+            "grad_norm": _finite(record.grad_norm),
             "images_per_second": round(record.images_per_second, 3),
             "memory_bytes": record.memory_bytes,
             "seconds": round(record.seconds, 4),
         }
         if record.prior_loss is not None:
-            values["prior_loss"] = record.prior_loss
+            values["prior_loss"] = _finite(record.prior_loss)
+        if record.spike is not None:
+            values["spike"] = round(record.spike, 3)
         line: dict[str, float | None] = {"step": record.step, **values}
         if record.skipped:
             line["skipped"] = True
-        self.lines.append(line)
-        with disk_errors(self._metrics):
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+        self._add(line)
         with self._on_board() as board:
             for name, value in values.items():
                 if value is not None:
                     board.add_scalar(f"train/{name}", value, record.step)
+
+    def judged(self, step: int, likeness: float) -> None:
+        """Write how much a step's samples are like the real pictures: a line of its own."""
+        self._add({"step": step, LIKENESS: likeness})
+        with self._on_board() as board:
+            board.add_scalar(f"train/{LIKENESS}", likeness, step)
+
+    def _add(self, line: dict[str, float | None]) -> None:
+        self.lines.append(line)
+        with disk_errors(self._metrics):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
 
     def picture(self, name: str, image: Image, step: int) -> None:
         """Show a picture in TensorBoard."""
@@ -254,8 +266,15 @@ class Log:
                         board.add_scalar(f"scores/{name}_{kind}", values[kind], step)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the steps that a former run logged; the last line may have been cut by its end."""
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines that a run logged so far; the last may have been cut by its end.
+
+    Raises UserError with the line that is none of a run's.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -23,12 +23,21 @@ SAMPLE_PROMPTS = 2  # samples in training show that something happens; the evalu
 
 
 class Samples:
-    """Draws into a folder, always with the same settings; `timelines` is what training showed."""
+    """Draws into a folder, always with the same settings; `timelines` is what training showed.
 
-    def __init__(self, folder: Path, question: Question, drawing: DrawSettings) -> None:
+    most: how many prompts samples show; None: all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        question: Question,
+        drawing: DrawSettings,
+        most: int | None = SAMPLE_PROMPTS,
+    ) -> None:
         self.folder = folder
         self.drawing = drawing
-        self.prompts = [question.told(prompt) for prompt in question.prompts[:SAMPLE_PROMPTS]]
+        self.prompts = [question.told(prompt) for prompt in question.prompts[:most]]
         self.seed = question.seeds[0]
         self.timelines = [Timeline(prompt, self.seed, []) for prompt in self.prompts]
 

@@ -36,6 +36,8 @@ _KEYS = {
     "params": "learning_rate",
 }
 
+_SKIPS = 10
+
 
 def _quarter(values: dict[str, Any]) -> int:
     """Four times in a run, by default."""
@@ -198,6 +200,74 @@ class Train(Section):
         "step. 0: only that one. Default: four in a run.",
         json_schema_extra=also("checkpointing_steps", "save_every", "save_every_n_steps"),
     )
+
+    keep_last: int | None = Field(
+        None,
+        ge=1,
+        description="Checkpoints that stay, the newest, 1 or more; null: all. An older one goes "
+        "when a newer one is whole on the disk.",
+        json_schema_extra=also(
+            "checkpoints_total_limit", "save_total_limit", "max_step_saves_to_keep"
+        ),
+    )
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="Checkpoints of every so many steps stay beside those of keep_last; a multiple "
+        "of checkpoint_every. Null: none does.",
+    )
+    keep_best: bool = Field(
+        False,
+        description="Whether samples are judged, and the checkpoint whose samples are most like "
+        "the real pictures stays and is exported (docs/runs.md says how). Samples then show every "
+        "prompt of the evaluation.",
+        json_schema_extra=also("load_best_model_at_end"),
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="Where loss or gradient is no finite number: `stop` before the step is taken, "
+        "or `skip` the step.",
+    )
+    on_spike: Literal["warn", "skip", "stop"] = Field(
+        "warn",
+        description="Where the loss stands far above what its timesteps usually cost: `warn` and "
+        "take the step, `skip` it, or `stop` before it.",
+    )
+    max_skips: int = Field(
+        _SKIPS,
+        ge=1,
+        description="Steps of a run that on_nonfinite and on_spike may skip, 1 or more; one more "
+        "stops it.",
+    )
+
+    @field_validator("keep_every")
+    @classmethod
+    def _beside_the_last(cls, value: int | None, info: ValidationInfo) -> int | None:
+        every = info.data.get("checkpoint_every")
+        if value is not None and info.data.get("keep_last", 1) is None:
+            raise ValueError("has no effect: without keep_last every checkpoint stays")
+        if value is not None and every is not None and (every == 0 or value % every):
+            raise ValueError(
+                f"{value} is not a multiple of checkpoint_every ({every}): none is saved then"
+            )
+        return value
+
+    @field_validator("keep_best")
+    @classmethod
+    def _has_samples(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("sample_every") == 0:
+            raise ValueError(
+                "true needs samples along the way, by which the best is told: set sample_every"
+            )
+        return value
+
+    @field_validator("max_skips")
+    @classmethod
+    def _has_skips(cls, value: int, info: ValidationInfo) -> int:
+        policies = [info.data.get(key, "skip") for key in ("on_nonfinite", "on_spike")]
+        if value != _SKIPS and "skip" not in policies:
+            raise ValueError("has no effect: it belongs to on_nonfinite: skip and on_spike: skip")
+        return value
 
     @field_validator("optimizer_args")
     @classmethod

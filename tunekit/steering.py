@@ -1,14 +1,24 @@
-"""The training part of a run: drives the loop, saves, draws samples, and stops when it is asked."""
+"""The training part of a run: drives the loop, saves, draws samples, and stops when it is asked.
+
+Whatever ends it, what was learned up to the last finished step is saved first, if it is whole.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunekit import checkpoint
+from tunekit import checkpoint, keeping, outofmemory
+from tunekit.errors import UserError
 from tunekit.runfolder import CHECKPOINTS
+from tunekit.wholefile import remove_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tunekit.interrupts import Wish
     from tunekit.preparation import Prepared
     from tunekit.progress import Reporter
@@ -37,47 +47,79 @@ class Course:
     point: Point | None = None
 
     def __post_init__(self) -> None:
-        self.start = self.point.step if self.point else 0
+        self.start = self.done = self.point.step if self.point else 0
+        self._doing = "in training"
+        self._judge = keeping.SampleJudge(self.recipe.evaluate, *self.prepared.references)
 
     def train(self, log: Log) -> None:
-        """Take every step that is left; Interrupted after one that was asked to be the last."""
+        """Take every step that is left; Interrupted after one that was asked to be the last.
+
+        Raises TrainingError where a guard stops it, OutOfMemoryError, and UserError for what else
+        the user can mend.
+        """
         from tunekit.train import Loop
 
         settings, ready = self.recipe.train, self.prepared
         encode = ready.family.encode_prompt if ready.adapter.trains_text_encoder else None
-        loop = Loop(ready.family, ready.adapter, settings, encode=encode)
-        if self.point is not None:
-            self._take_up(self.point, loop, log)
-        elif settings.sample_every:
-            self._sample(0, log)
+        with self._memory_told():
+            loop = Loop(ready.family, ready.adapter, settings, encode=encode)
+            if self.point is not None:
+                self._take_up(self.point, loop, log)
+            elif settings.sample_every:
+                self._sample(0, loop, log)
         ready.family.release(*ready.idle)
         if self.start < settings.steps:
-            with self.wish.patiently():
+            with self.wish.patiently(), self._rescuing(loop, log), self._memory_told():
                 self._steps(loop, log)
+
+    def choose(self, log: Log) -> int:
+        """Return the step that the run's files are made of, and have its weights in the adapter.
+
+        That is the last, or the best where the recipe asks for it.
+        """
+        steps, likeness = self.recipe.train.steps, self._likeness(log)
+        if not self.recipe.train.keep_best:
+            return steps
+        best = keeping.best(likeness)
+        assert best is not None, "the last step's samples are judged"
+        if best != steps:
+            saved = checkpoint.read(self._folder(best))
+            self.prepared.adapter.load_state(saved.tensors["adapter"])
+        curve = ", ".join(f"{value:.3f} at step {step}" for step, value in likeness.items())
+        self._note(
+            f"the files are those of step {best}: of all samples its are most like the "
+            f"{self._judge.against} (mean cosine {curve})"
+        )
+        return best
 
     def _take_up(self, point: Point, loop: Loop, log: Log) -> None:
         """Be where the run was when `point` was saved."""
         loop.load_state(point.saved.tensors)
         self.samples.recall(point.step)
-        note = f"went on from {point.folder.name}; times are those of the last part alone"
-        self.prepared.notes.append(note)
-        self.reporter.note(f"{self.writer.path}: {note}")
-        if self._shown(point.step) and not self.samples.shows(point.step):
-            self._sample(point.step, log)  # it was stopped between saving and drawing
+        self._note(f"went on from {point.folder.name}; times are those of the last part alone")
+        self._prune(log)
+        if self._shown(point.step):  # it may have been stopped between saving, drawing and judging
+            if not self.samples.shows(point.step):
+                self._sample(point.step, loop, log)
+            elif point.step not in keeping.judged(log.lines):
+                self._judge_samples(point.step, loop, log)
 
     def _steps(self, loop: Loop, log: Log) -> None:
         from tunekit.evaluation.charts import Smoother
         from tunekit.interrupts import Interrupted
 
         settings, ready = self.recipe.train, self.prepared
-        smooth = Smoother.over(settings.steps)
+        smooth, smoothed = Smoother.over(settings.steps), math.nan
         with self.reporter.stage("training", settings.steps - self.start) as tick:
             for record in loop.run(ready.batches(settings), self.start):
+                self.done = record.step
                 last, asked = record.step == settings.steps, self.wish.number
-                if last or record.step % settings.log_every == 0:
+                if record.noticed:
+                    self.reporter.note(record.noticed)
+                if last or record.noticed or record.step % settings.log_every == 0:
                     log.step(record)
                 if last or asked or _due(record.step, settings.checkpoint_every):
-                    self._save(record.step, loop)
+                    self._save(record.step, loop, log)
                 if asked and not last:
                     raise Interrupted(
                         f"stopped after step {record.step} of {settings.steps}, which is saved; "
@@ -85,25 +127,95 @@ class Course:
                         asked,
                     )
                 if self._shown(record.step):
-                    self._sample(record.step, log)
+                    self._sample(record.step, loop, log)
                     ready.family.release(*ready.idle)
-                tick(_told(record, smooth(record.loss)))
+                if math.isfinite(record.loss):
+                    smoothed = smooth(record.loss)
+                tick(_told(record, smoothed))
 
     def _shown(self, step: int) -> bool:
         """Return whether samples are drawn after `step`."""
         settings = self.recipe.train
         return step == settings.steps or _due(step, settings.sample_every)
 
-    def _save(self, step: int, loop: Loop) -> None:
-        folder = self.writer.path / CHECKPOINTS / f"step-{step:06d}"
-        checkpoint.save(folder, loop.state(), {"step": step})
-        self.keeper.at(step)
+    def _folder(self, step: int) -> Path:
+        return self.writer.path / CHECKPOINTS / f"step-{step:06d}"
 
-    def _sample(self, step: int, log: Log) -> None:
+    def _save(self, step: int, loop: Loop, log: Log) -> None:
+        checkpoint.save(self._folder(step), loop.state(), {"step": step})
+        self.keeper.at(step)
+        self._prune(log)
+
+    def _prune(self, log: Log) -> None:
+        """Remove the checkpoints that the recipe does not keep."""
+        train = self.recipe.train
+        saved = checkpoint.steps(self.writer.path / CHECKPOINTS)
+        best = keeping.best(self._likeness(log)) if train.keep_best else None
+        known = [checkpoint.step_of(folder) for folder in saved]
+        for step in keeping.superfluous(known, train.keep_last, train.keep_every, best):
+            remove_folder(self._folder(step))
+
+    def _likeness(self, log: Log) -> dict[int, float]:
+        """Return the likeness of the samples of every step that is saved."""
+        judged = keeping.judged(log.lines)
+        return {step: value for step, value in judged.items() if self._folder(step).is_dir()}
+
+    def _sample(self, step: int, loop: Loop, log: Log) -> None:
         from tunekit.inference import Painter
 
+        self._doing = f"while samples were drawn after step {step}"
         painter = Painter.of(self.prepared.family, self.prepared.adapter)
         log.picture("samples", self.samples.at_step(painter, step), step)
+        self._judge_samples(step, loop, log)
+        self._doing = "in training"
+
+    def _judge_samples(self, step: int, loop: Loop, log: Log) -> None:
+        """Say how much a step's samples are like the real pictures; save it if none are more."""
+        if not (self.recipe.train.keep_best and step):
+            return
+        pictures = [dict(line.pictures)[step] for line in self.samples.timelines]
+        likeness = self._judge(pictures)
+        log.judged(step, likeness)
+        best = keeping.best(self._likeness(log) | {step: likeness})
+        if best == step and not self._folder(step).is_dir():
+            self._save(step, loop, log)
+        self._prune(log)
+
+    def _note(self, text: str) -> None:
+        """Tell something that belongs into the report too."""
+        self.prepared.notes.append(text)
+        self.reporter.note(f"{self.writer.path}: {text}")
+
+    def _memory_told(self) -> contextlib.AbstractContextManager[None]:
+        steps = self.recipe.train.steps
+
+        def when() -> str:
+            return self._doing.replace("in training", f"in step {self.done + 1} of {steps}")
+
+        return outofmemory.told(when, self.recipe, self.prepared.resolution)
+
+    @contextlib.contextmanager
+    def _rescuing(self, loop: Loop, log: Log) -> Iterator[None]:
+        """Save what was learned up to the last finished step, where another one fails."""
+        try:
+            yield
+        except (UserError, OSError, RuntimeError) as error:
+            if loop.whole and self.done and (told := self._rescue(loop, log, error)):
+                if isinstance(error, UserError):
+                    error.args = (str(error) + ("\n" if "\n" in str(error) else "; ") + told,)
+                else:
+                    self.reporter.note(told)
+            raise
+
+    def _rescue(self, loop: Loop, log: Log, error: Exception) -> str:
+        """Save the last finished step, and return what there is to tell of that."""
+        try:
+            if not self._folder(self.done).is_dir():
+                self._save(self.done, loop, log)
+        except (UserError, OSError, RuntimeError) as second:
+            told = f"step {self.done} could not be saved: {second}"
+            return "" if str(second) == str(error) else told
+        return f"step {self.done} is saved: the same command with --resume goes on"
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tunekit import diffusion, seeding
 from tunekit.errors import UserError
+from tunekit.guards import Fault, Guards, Seen
+from tunekit.guards import TrainingError as TrainingError
 from tunekit.objective import Goal
 from tunekit.optim import build_optimizer, build_schedule, load_state_tensors, state_tensors
 from tunekit.optim.average import Ema, Weights
@@ -43,15 +45,6 @@ _LOWEST_SCALE = 1.0
 _SCALE = frozenset({"scale", "_growth_tracker"})
 
 
-class TrainingError(UserError):
-    """Training cannot go on; the message names the step, what went wrong, and the pictures."""
-
-    def __init__(self, message: str, *, step: int, names: Sequence[str]) -> None:
-        super().__init__(message)
-        self.step = step
-        self.names = tuple(names)
-
-
 @dataclass(frozen=True)
 class StepRecord:
     """What is known after an optimizer step."""
@@ -72,10 +65,17 @@ class StepRecord:
     seconds: float
     """Wall time of this step."""
     skipped: bool = False
-    """Whether an fp16 overflow kept this step from being taken (the loss scale was lowered)."""
+    """Whether this step was not taken: a guard's answer, or an fp16 overflow (the loss scale was
+    lowered)."""
     prior_loss: float | None = None
     """The same over the pictures of the class, with their weight: what they add to what is
     minimised. None without any."""
+    noticed: str | None = None
+    """What a guard has to tell of this step."""
+    skips: int = 0
+    """Steps that guards have kept from being taken so far, with this one."""
+    spike: float | None = None
+    """How many times the usual the loss was, where that is a spike."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,22 @@ class _Pass:
         """Put before a purpose: pictures of the class never change the subject's draws."""
         return "prior " if self.batch.prior else ""
 
+    def seen(self) -> list[Seen]:
+        """Return its pictures as a guard tells of them."""
+        batch, timesteps = self.batch, self.timesteps.tolist()
+        return list(map(Seen, batch.names, batch.captions, timesteps))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A step's losses and its gradient's norm. clipped: whether it came as far as the gradient."""
+
+    loss: float = math.nan
+    prior: float = math.nan
+    norm: float = math.nan
+    fault: Fault | None = None
+    clipped: bool = False
+
 
 def train(
     family: Family,
@@ -110,8 +126,8 @@ def train(
     text encoder (`family.encode_prompt` fits). `start`: steps done before. Between two records the
     adapter is in drawing mode, so that the caller may draw, save or stop.
 
-    Raises UserError at once where the settings do not suit the machine, and TrainingError where
-    loss or gradient is not finite: before the step, so that what was learned stays as it was.
+    Raises UserError at once where the settings do not suit the machine, and TrainingError where a
+    guard stops the run: before the step, so that what was learned stays as it was.
     """
     return Loop(family, adapter, settings, encode=encode).run(batches, start)
 
@@ -137,12 +153,15 @@ class Loop:
         trained = adapter.trained()
         self.ema = Ema(trained, settings.ema) if settings.ema is not None else None
         self._weights = Weights(trained, self.optimizer, self.ema, ema_draws=settings.ema_export)
+        self.guards = Guards(settings, trained, len(family.schedule))
+        self.whole = True
+        """Whether what trains is as the last finished step left it, even if another one failed."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return everything that later steps depend on: CPU tensors, in sets by name.
 
         "adapter" is what draws; "trained", where it differs, what trains; "optimizer"; "ema" and
-        "scaler" where there is one. To be asked between two records.
+        "scaler" where there is one; "guards". To be asked between two records.
         """
         scaler = self.accelerator.scaler
         scale = {} if scaler is None else scaler.state_dict()
@@ -151,6 +170,7 @@ class Loop:
             "optimizer": state_tensors(self.optimizer),
             "trained": self._weights.state_tensors(),
             "ema": self.ema.state_tensors() if self.ema is not None else {},
+            "guards": self.guards.state_tensors(),
             "scaler": {
                 name: torch.tensor(scale[name], dtype=torch.float64) for name in _SCALE & set(scale)
             },
@@ -169,6 +189,8 @@ class Loop:
         self._weights.load_state_tensors(state.get("trained", self.adapter.state()))
         if self.ema is not None:
             self.ema.load_state_tensors(state.get("ema", self.adapter.state()))
+        if "guards" in state:
+            self.guards.load_state_tensors(state["guards"])
         if self.accelerator.scaler is not None and "scaler" in state:
             scale = self.accelerator.scaler.state_dict()
             saved = {name: value.item() for name, value in state["scaler"].items()}
@@ -194,37 +216,68 @@ class Loop:
         passes = self._passes(step, batches)
         self.adapter.begin_step(step, self.settings.steps)
         lr = self._set_rates(step)
+        rate = max(float(group["lr"]) for group in self.optimizer.param_groups)
+        self.guards.pulse.begin(step, self.settings.steps, rate)
+        found = self._gradient(passes, step)
+        taken, noticed = self.guards.decide(found.fault, step)
+        overflow = self._overflows(found.norm)
+        if taken:
+            self._take(step, found.norm, overflow)
+        elif self.accelerator.scaler is not None and found.clipped:
+            self.accelerator.scaler.update()  # it waits for a step that never comes
+        seconds = time.perf_counter() - began
+        return StepRecord(
+            step=step + 1,
+            steps=self.settings.steps,
+            loss=found.loss,
+            lr=lr,
+            grad_norm=found.norm,
+            images_per_second=sum(len(one.batch.names) for one in passes) / seconds,
+            memory_bytes=peak_memory(self.family.device),
+            seconds=seconds,
+            skipped=overflow or not taken,
+            prior_loss=found.prior if any(one.batch.prior for one in passes) else None,
+            noticed=noticed,
+            skips=self.guards.skips,
+            spike=found.fault.spike if found.fault else None,
+        )
+
+    def _gradient(self, passes: Sequence[_Pass], step: int) -> _Found:
+        """Leave a step's clipped gradient in what trains; a part of it where a loss is wrong."""
         losses = {False: 0.0, True: 0.0}
+        subject: list[float] = []
+        seen: list[Seen] = []
         for one in passes:
             with self._reproducible(step, one):
                 each = self._losses(one, step)
-                self._refuse_losses(each, one, step)
+                values = each.detach().tolist()
+                if fault := self.guards.losses(values, one.seen()):
+                    return _Found(fault=fault)
                 # The mean over the whole step, whatever the sizes of its parts; the pictures of
                 # the class have a mean of their own, beside that of the subject.
                 part = each.sum() / one.total
                 self.accelerator.backward(part)
             losses[one.batch.prior] += part.item()
+            if not one.batch.prior:
+                subject += values
+                seen += one.seen()
         norm = self._clip()
-        skipped = not math.isfinite(norm)
-        if skipped:
-            self._refuse_gradient(norm, passes, step)
-        self._stepper.step()  # where the gradient overflowed, the scaler takes none and adapts
+        fault = None
+        if not self._overflows(norm):
+            everyone = [picture for one in passes for picture in one.seen()]
+            fault = self.guards.gradient(norm, everyone) or self.guards.spike(subject, seen)
+        return _Found(losses[False], losses[True], norm, fault, clipped=True)
+
+    def _take(self, step: int, norm: float, overflow: bool) -> None:
+        """Take the optimizer's step; where the gradient overflowed, the scaler takes none."""
+        self.whole = False
+        self._stepper.step()
         self.adapter.end_step()
-        if self.ema is not None and not skipped:
+        if self.ema is not None and not overflow:
             self.ema.update(step)
-        seconds = time.perf_counter() - began
-        return StepRecord(
-            step=step + 1,
-            steps=self.settings.steps,
-            loss=losses[False],
-            lr=lr,
-            grad_norm=norm,
-            images_per_second=sum(len(one.batch.names) for one in passes) / seconds,
-            memory_bytes=peak_memory(self.family.device),
-            seconds=seconds,
-            skipped=skipped,
-            prior_loss=losses[True] if any(one.batch.prior for one in passes) else None,
-        )
+        self.whole = True
+        if not overflow:
+            self.guards.pulse.end(norm)
 
     def _passes(self, step: int, batches: Batches) -> list[_Pass]:
         """Ask for a step's batches and give each its share of the step's timesteps."""
@@ -294,38 +347,10 @@ class Loop:
         assert norm is not None
         return float(norm)
 
-    def _refuse_losses(self, losses: Tensor, one: _Pass, step: int) -> None:
-        bad = [i for i, value in enumerate(losses.detach().tolist()) if not math.isfinite(value)]
-        if not bad:
-            return
-        names = [one.batch.names[i] for i in bad]
-        pictures = _join(f"{one.batch.names[i]} (timestep {int(one.timesteps[i])})" for i in bad)
-        self._refuse(f"the loss is {losses[bad[0]].item()}", pictures, names, step)
-
-    def _refuse_gradient(self, norm: float, passes: Sequence[_Pass], step: int) -> None:
-        """Stop, unless this is fp16's scale growing too large, which the scaler corrects."""
+    def _overflows(self, norm: float) -> bool:
+        """Return whether this is fp16's scale growing too large, which the scaler corrects."""
         scaler = self.accelerator.scaler
-        if scaler is not None and scaler.get_scale() > _LOWEST_SCALE:
-            return
-        seen = [
-            (name, int(t))
-            for one in passes
-            for name, t in zip(one.batch.names, one.timesteps, strict=True)
-        ]
-        pictures = _join(f"{name} (timestep {t})" for name, t in seen)
-        self._refuse(f"the gradient's norm is {norm}", pictures, [name for name, _ in seen], step)
-
-    def _refuse(self, what: str, pictures: str, names: Sequence[str], step: int) -> None:
-        settings = self.settings
-        advice = f"lower train.learning_rate (it is {settings.learning_rate:g})"
-        if settings.precision == "fp16":
-            advice += ", or set train.precision: bf16 or fp32"
-        raise TrainingError(
-            f"step {step + 1} of {settings.steps}: {what} with {pictures}; stopped before the step "
-            f"was taken, what was learned before is intact: {advice}",
-            step=step + 1,
-            names=names,
-        )
+        return not math.isfinite(norm) and scaler is not None and scaler.get_scale() > _LOWEST_SCALE
 
 
 def peak_memory(device: torch.device) -> int:
@@ -363,9 +388,3 @@ def _accelerator(device: torch.device, precision: str) -> Accelerator:
     # An environment made by `accelerate launch` could set it, and would shrink every gradient.
     assert accelerator.gradient_accumulation_steps == 1, "the loop divides by the pictures itself"
     return accelerator
-
-
-def _join(words: Iterator[str] | Sequence[str], most: int = 8) -> str:
-    listed = list(words)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
