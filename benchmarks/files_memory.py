@@ -83,7 +83,6 @@ def make_adapter(path: Path, base: Path) -> None:
     import torch
 
     from tunekit.files import output, sources
-    from tunekit.files.extract import _targets
     from tunekit.files.names import Names
     from tunekit.schema import Base
 
@@ -91,7 +90,7 @@ def make_adapter(path: Path, base: Path) -> None:
     names = Names(family)
     random = torch.Generator().manual_seed(1)
     with output.Output(path, "kohya", names, None) as made:
-        for place in sorted(_targets(family, "full")):
+        for place in sorted(sources.targets(family, "full")):
             shape = names.shape(place)
             down = torch.randn(RANK, *shape[1:], generator=random) * 0.02
             up = torch.randn(shape[0], RANK, *[1] * (len(shape) - 2), generator=random) * 0.02

@@ -6,21 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunekit.adapters.base import match_modules
-from tunekit.errors import UserError, did_you_mean
+from tunekit.errors import UserError
 from tunekit.files import output
 from tunekit.files.cut import Keep, cut_matrix
 from tunekit.files.names import Names, Place
 from tunekit.files.report import Report, Row
 from tunekit.files.sources import Weights, outline
+from tunekit.files.sources import targets as targeted
 from tunekit.modelcard import portable
 from tunekit.progress import Reporter, Silent
 from tunekit.schema import Base
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tunekit.families import Family
 
 
 def extract(
@@ -52,7 +50,7 @@ def extract(
     if type(other) is not type(family):
         raise UserError(f"{tuned}: is {other.name}, and {original} is {family.name}")
     after = Weights(Base(model=tuned), other, Names(other))
-    chosen = _targets(family, targets)
+    chosen = targeted(family, targets)
     rows: list[Row] = []
     left: list[tuple[str, float]] = []
     pairs = list(_pairs(before, after))
@@ -73,26 +71,6 @@ def extract(
                 result.add(place, output.lora(cut.up, cut.down))
         result.finish(output.described(names, family.facts(), out.stem, {}, done))
     return Report(out, done, tuple(rows), tuple(result.remarks), tuple(left))
-
-
-def _targets(family: Family, preset: str) -> set[Place]:
-    """Return the modules of a preset that have a weight of two dimensions or more."""
-    from torch import nn
-
-    if preset not in family.lora_presets:
-        known = family.lora_presets
-        raise UserError(
-            f"--targets: {preset} is none of {', '.join(known)}{did_you_mean(preset, known)}"
-        )
-    kinds = (nn.Linear, nn.Conv2d)
-    found = {
-        ("denoiser", name)
-        for name in match_modules(family.denoiser, family.lora_presets[preset], kinds, "--targets")
-    }
-    for encoder, module in family.text_encoders.items():
-        patterns = family.text_lora_presets[preset]
-        found |= {(encoder, n) for n in match_modules(module, patterns, kinds, "--targets")}
-    return found
 
 
 def _pairs(before: Weights, after: Weights) -> Iterator[tuple[tuple[str, str], Place | None, str]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit import families, hub
-from tunekit.errors import UserError
+from tunekit.adapters.base import match_modules
+from tunekit.errors import UserError, did_you_mean
 from tunekit.files.adapter import Parts, like
 from tunekit.files.names import Names, Place
 from tunekit.files.stream import TensorFile
@@ -60,6 +61,26 @@ def outline(base: Base) -> Family:
         return families.load(base, "meta")
     finally:
         logging.set_verbosity(level)
+
+
+def targets(family: Family, preset: str) -> set[Place]:
+    """Return the modules of a preset that have a weight of two dimensions or more."""
+    from torch import nn
+
+    if preset not in family.lora_presets:
+        known = family.lora_presets
+        raise UserError(
+            f"--targets: {preset} is none of {', '.join(known)}{did_you_mean(preset, known)}"
+        )
+    kinds = (nn.Linear, nn.Conv2d)
+    found = {
+        ("denoiser", name)
+        for name in match_modules(family.denoiser, family.lora_presets[preset], kinds, "--targets")
+    }
+    for encoder, module in family.text_encoders.items():
+        patterns = family.text_lora_presets[preset]
+        found |= {(encoder, n) for n in match_modules(module, patterns, kinds, "--targets")}
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""The tools on a base of every family: names of every client, folders that draw the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from made_files import changes, far, matrix, random, write
+from torch import Tensor
+
+from tunekit import families
+from tunekit.checkpoint import read_safetensors
+from tunekit.families import Family
+from tunekit.files import output, sources
+from tunekit.files.convert import convert
+from tunekit.files.cut import Keep
+from tunekit.files.extract import extract
+from tunekit.files.folder import merge
+from tunekit.files.names import Names, Place
+from tunekit.loading import load_file
+from tunekit.schema import Base
+from tunekit.verification import ask, make_probe
+
+Folder = Callable[..., Path]
+FAMILIES = sorted(tiny.BUILDERS)
+RANK = 2
+
+
+def made(folder: Path, path: Path, layout: str) -> dict[Place, tuple[Tensor, Tensor]]:
+    """Write a LoRA for all that the family's fullest preset names, and return down and up."""
+    family = sources.outline(Base(model=str(folder)))
+    names = Names(family)
+    factors = {}
+    with output.Output(path, layout, names, None) as result:
+        for seed, place in enumerate(sorted(sources.targets(family, "full"))):
+            shape = names.shape(place)
+            down = random(RANK, *shape[1:], seed=seed)
+            up = random(shape[0], RANK, *[1] * (len(shape) - 2), seed=seed + 1000)
+            factors[place] = down, up
+            result.add(place, output.lora(up, down))
+        result.finish({})
+    return factors
+
+
+@torch.no_grad()
+def predict(family: Family) -> Tensor:
+    return ask(family, make_probe(family, ["a zorp robot"], 0))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back_by_the_clients_own_loader(
+    name: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    base = tiny_folder(name)
+    factors = made(base, tmp_path / "one.safetensors", "diffusers")
+    there = convert(tmp_path / "one.safetensors", "kohya", base=str(base))
+    back = convert(there.path, "diffusers", base=str(base))
+    wanted = {".".join(place): matrix(*pair) for place, pair in factors.items()}
+    for path in (tmp_path / "one.safetensors", there.path, back.path):
+        assert far(wanted, changes(path, base)) < 2e-6
+    first, again = (read_safetensors(p)[0] for p in (tmp_path / "one.safetensors", back.path))
+    assert first.keys() == again.keys()
+    assert all(again[key].equal(tensor) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_by_the_libraries_names_under_kohyas_prefix(
+    name: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    """As trainers on diffusers write them, also where kohya's own names are those of ldm."""
+    base = tiny_folder(name)
+    factors = made(base, tmp_path / "one.safetensors", "kohya")
+    tensors = {}
+    for (component, module), (down, up) in factors.items():
+        if component == "denoiser":
+            key = f"lora_unet_{module.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
+            tensors[f"{key}.alpha"] = torch.tensor(float(RANK))
+    path = write(tmp_path / "two.safetensors", tensors)
+    convert(path, "kohya", base=str(base), out=tmp_path / "three.safetensors")
+    known, _ = read_safetensors(tmp_path / "one.safetensors")
+    found, _ = read_safetensors(tmp_path / "three.safetensors")
+    assert found.keys() == {key for key in known if key.startswith("lora_unet_")}
+    assert all(known[key].equal(tensor) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_into_the_base_and_out_of_it(name: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder(name)
+    path = tmp_path / "one.safetensors"
+    factors = made(base, path, "kohya")
+    family = families.load(Base(model=str(base)))
+    untouched = predict(family)
+    load_file(family, path, "it")
+    wanted = predict(family)
+    merge([(path, 1.0)], tmp_path / "merged", base=str(base))
+    found = predict(families.load(Base(model=str(tmp_path / "merged"))))
+    assert float((found - wanted).norm() / (wanted - untouched).norm()) < 1e-4
+    for encoder in family.text_encoders:
+        held, _ = read_safetensors(tmp_path / "merged" / encoder / "model.safetensors")
+        assert all(key.startswith(("text_model.", "text_projection.")) for key in held)
+    out = tmp_path / "out.safetensors"
+    report = extract(str(tmp_path / "merged"), str(base), out, Keep(rank=RANK), dtype="fp32")
+    assert {row.name for row in report.rows} == {".".join(place) for place in factors}
+    changed = {".".join(place): matrix(*pair) for place, pair in factors.items()}
+    assert far(changed, changes(out, base)) < 1e-3
