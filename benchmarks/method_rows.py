@@ -55,6 +55,8 @@ METHODS = {
     "lora-prior": Method("LoRA, prior (DreamBooth-LoRA)", "dreambooth-lora.yaml"),
     "textual-inversion": Method("textual inversion", "textual-inversion.yaml"),
     "pivotal": Method("pivotal: new word and LoRA", "pivotal.yaml"),
+    "nf4": Method("LoRA, base in nf4", REFERENCE, ("base.quantize=nf4",)),
+    "int8": Method("LoRA, base in int8", REFERENCE, ("base.quantize=int8",)),
 }
 
 
@@ -123,6 +125,7 @@ EXPECTED = [
     *(at_least(name, 40) for name in ("oft", "boft")),
     at_least("textual-inversion", 45),
     beside("pivotal", "lora", 0),
+    *(beside(name, "lora", 3) for name in ("nf4", "int8")),
 ]
 
 
