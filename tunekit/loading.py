@@ -24,7 +24,7 @@ from tunekit.changes.layers import (
     weight_of,
 )
 from tunekit.checkpoint import read_safetensors
-from tunekit.factors import adapter_metadata, group
+from tunekit.factors import adapter_metadata, group, is_kohya
 from tunekit.loaded import Loaded as Loaded
 from tunekit.loaded import VerificationError as VerificationError
 from tunekit.loaded import combined as combined
@@ -66,9 +66,15 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
 
 
 def read_by_diffusers(names: Mapping[str, Any]) -> bool:
-    """Say whether a file with tensors of these names is one for diffusers' own loader."""
+    """Say whether a file with tensors of these names is one for diffusers' own loader.
+
+    DoRA it reads in its own naming alone: of kohya's it leaves the magnitudes out.
+    """
     grouped, _ = group(names)
-    return all(parts.keys() <= _READ_BY_DIFFUSERS for parts in grouped.values())
+    return all(
+        parts.keys() <= _READ_BY_DIFFUSERS and not ("magnitude" in parts and is_kohya(name))
+        for name, parts in grouped.items()
+    )
 
 
 def peft_layers(family: Family) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random as dice
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from torch import Tensor
 from tunekit import families
 from tunekit.checkpoint import read_safetensors
 from tunekit.errors import UserError
+from tunekit.factors import _SPELLINGS
+from tunekit.files.adapter import AdapterFile
 from tunekit.files.convert import convert
+from tunekit.files.names import Names
+from tunekit.files.sources import outline
 from tunekit.files.stream import TensorFile
 from tunekit.schema import Base
 
@@ -223,6 +228,7 @@ class TestDora:
         made = convert(path, "diffusers", base=str(tiny_folder()))
         assert made.kinds == ("DoRA",)
         assert far(wanted, changes(made.path, tiny_folder())) < 2e-6
+        assert far(wanted, changes(path, tiny_folder())) < 2e-6, "drawn with as it is"
 
     def test_a_magnitude_of_inputs_has_no_place_there(
         self, tiny_folder: Folder, tmp_path: Path
@@ -327,6 +333,38 @@ class TestRefused:
         }
         path = write(tmp_path / "a.safetensors", huge)
         self.refused(path, "changes 250000000000 numbers", tiny_folder())
+
+    def test_whatever_is_in_it_it_is_read_or_refused_in_one_line(
+        self, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        throw = dice.Random(0)
+        names = Names(outline(Base(model=str(tiny_folder()))))
+        formats = [*[torch.float32] * 5, torch.float16, torch.int64, torch.bool]
+        formats += [torch.float8_e4m3fn, torch.complex64]
+        shapes = [(16, 16), (4, 16), (16, 4), (4, 4, 4), (1,), (), (16, 4, 1, 1), (4, 16, 3, 3)]
+        modules = ["mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.conv2", "conv_in", "x"]
+        read = 0
+        for number in range(300):
+            tensors = {}
+            for _ in range(throw.randint(1, 5)):
+                module = throw.choice(modules).replace(".", "_")
+                key = f"lora_unet_{module}.{throw.choice(sorted(_SPELLINGS))}"
+                shape = throw.choice(shapes)
+                tensors[key] = torch.randn(shape).to(throw.choice(formats))
+            path = write(tmp_path / f"{number}.safetensors", tensors)
+            refused = ""
+            try:
+                file = AdapterFile(path, names)
+                for place in file.places:
+                    parts = file.read(place)
+                    weight = names.modules[place].weight
+                    file.change(place, parts, torch.zeros(weight.shape))
+                    read += 1
+            except UserError as fault:
+                refused = str(fault)
+            assert not refused or refused.startswith(str(path))
+            assert "\n" not in refused
+        assert read
 
     def test_pickles_and_broken_files(self, tiny_folder: Folder, tmp_path: Path) -> None:
         torch.save({"x": Canary(tmp_path / "canary")}, tmp_path / "a.safetensors")

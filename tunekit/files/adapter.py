@@ -223,7 +223,9 @@ class AdapterFile:
         held = {f: part.shape for f, part in raw.items() if f != "diff_b"}
         if held and set(held) - {"magnitude"} not in _WHOLE:
             raise UserError(f"{self.path}: {name} has {', '.join(sorted(held))}: that is no kind")
-        wide = _size(held)
+        if not raw:
+            raise UserError(f"{self.path}: {name} has an alpha and no factors")
+        wide = _size(held) if held else None
         if wide is not None and wide != weight.numel():
             raise UserError(
                 f"{self.path}: {name} changes {wide} numbers, and the weight of "

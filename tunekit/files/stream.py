@@ -38,6 +38,7 @@ _KINDS = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+_MOST_MAPPED = 8_000_000  # bytes of a file that are read before its map is given back
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class TensorFile:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
+        self._open: Any = None
+        self._mapped = 0
         check_header(self.path)
         self.forms: dict[str, Form] = {}
         try:
@@ -97,10 +100,14 @@ class TensorFile:
         """Return a tensor on the CPU, in memory of its own."""
         from safetensors import SafetensorError, safe_open
 
+        size = self.forms[name].bytes if name in self.forms else 0
         try:
-            # Opened for each: the library maps the file, and what it has mapped counts as memory.
-            with safe_open(self.path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name).clone()
+            # The library maps the file, and what was read of the map counts as memory.
+            if self._open is None or self._mapped + size > _MOST_MAPPED:
+                self._open, self._mapped = None, 0
+                self._open = safe_open(self.path, framework="pt")
+            self._mapped += size
+            tensor: Tensor = self._open.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path}: is damaged: {' '.join(str(error).split())}") from None
         return tensor
