@@ -24,7 +24,7 @@ import tunekit
 from tunekit import checkpoint
 from tunekit.errors import UserError
 from tunekit.progress import Silent, Ticker
-from tunekit.recipe import recipe_from
+from tunekit.recipe import dump_yaml, recipe_from
 from tunekit.run import Run
 
 Tree = dict[str, dict[str, Any]]
@@ -192,6 +192,25 @@ class TestRefused:
         assert "--resume" in line
         assert "step-000002" in line
 
+    def test_the_checkpoint_offered_in_place_of_a_damaged_one_is_whole(
+        self, tree: Callable[..., Tree], tmp_path: Path
+    ) -> None:
+        from tunekit.resume import find
+
+        recipe = recipe_from(tree())
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+        parent = tmp_path / "checkpoints"
+        for step in (999_998, 999_999, 1_000_000):
+            tensors = {name: {"a": torch.ones(1)} for name in ("adapter", "optimizer")}
+            checkpoint.save(parent / f"step-{step:06d}", tensors, {"step": step})
+        for step in (999_999, 1_000_000):
+            (parent / f"step-{step}" / "meta.json").write_text("{}")
+        with pytest.raises(UserError, match=r"1000000/meta\.json.*is --resume .*/step-999998$"):
+            find(tmp_path, None, recipe, False, finished=False)
+        (parent / "step-999998" / "adapter.safetensors").unlink()
+        with pytest.raises(UserError, match=r"1000000/meta\.json.*; none before it is whole$"):
+            find(tmp_path, None, recipe, False, finished=False)
+
     def test_a_checkpoint_without_the_optimizer(
         self, tree: Callable[..., Tree], stopped: Path
     ) -> None:
@@ -227,8 +246,6 @@ def test_more_steps_go_on(tree: Callable[..., Tree], tmp_path: Path) -> None:
 def test_a_signal_ends_the_step_in_hand(
     tree: Callable[..., Tree], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    from tunekit.recipe import dump_yaml
-
     path, out = tmp_path / "recipe.yaml", tmp_path / "run"
     endless = recipe(tree, steps=100_000, checkpoint_every=0, sample_every=0)
     path.write_text(dump_yaml(recipe_from(endless)))

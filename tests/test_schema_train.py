@@ -47,6 +47,15 @@ RECIPE: dict[str, Any] = {
             r"7 and warmup_steps \(4\) are more than steps \(10\)",
         ),
         ({"ema": 1.0}, "less than 1"),
+        ({"keep_every": 100}, "without keep_last every checkpoint stays"),
+        (
+            {"keep_last": 2, "keep_every": 150, "checkpoint_every": 100},
+            r"150 is not a multiple of checkpoint_every \(100\)",
+        ),
+        ({"keep_last": 1, "keep_every": 4, "checkpoint_every": 0}, "not a multiple"),
+        ({"keep_last": 0}, "greater than or equal to 1"),
+        ({"keep_best": True, "sample_every": 0}, "needs samples along the way"),
+        ({"max_skips": 3}, "belongs to on_nonfinite: skip and on_spike: skip"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], says: str) -> None:
@@ -64,6 +73,8 @@ def test_contradictions_are_refused(values: dict[str, Any], says: str) -> None:
         {"schedule": "polynomial", "power": 0.5},
         {"schedule": "warmup_stable_decay", "decay_steps": 5, "warmup_steps": 5, "steps": 10},
         {"ema": 0.999, "ema_export": False},
+        {"keep_last": 2, "keep_every": 200, "checkpoint_every": 100, "keep_best": True},
+        {"on_spike": "skip", "max_skips": 3},
     ],
 )
 def test_what_belongs_together_is_taken(values: dict[str, Any]) -> None:

@@ -78,9 +78,9 @@ def steps(parent: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """Return the step of a folder that `steps` returned."""
-    found = _STEP.fullmatch(folder.name)
-    assert found is not None, folder
+    """Return the step that a checkpoint's folder is named after; UserError for another name."""
+    if (found := _STEP.fullmatch(folder.name)) is None:
+        raise UserError(f"{folder}: is no checkpoint: those are called step-N")
     return int(found[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ def find(
     try:
         saved = checkpoint.read(folder)
     except UserError as error:
-        earlier = [path for path in checkpoint.steps(run / CHECKPOINTS) if path.name < folder.name]
-        offer = f"; the one before is --resume {earlier[-1]}" if earlier else ""
+        whole = _whole_before(folder)
+        offer = f"; the one before is --resume {whole}" if whole else "; none before it is whole"
         raise UserError(f"{error}{offer}") from None
     needed = set(NEEDED)
     if former.recipe.train.ema is not None:  # without these an average would begin anew, unsaid
@@ -119,6 +120,17 @@ def _folder(run: RunFolder, wanted: Path | None) -> Path:
             raise UserError(f"{wanted}: is no checkpoint of {run.path}")
         return wanted
     return run.checkpoint(wanted.name)
+
+
+def _whole_before(folder: Path) -> Path | None:
+    """Return the last checkpoint before `folder` that is whole."""
+    for path in reversed(checkpoint.steps(folder.parent)):
+        if checkpoint.step_of(path) >= checkpoint.step_of(folder):
+            continue
+        with contextlib.suppress(UserError):  # that one is damaged too
+            checkpoint.verify(path)
+            return path
+    return None
 
 
 def _compare(former: Recipe, recipe: Recipe, allow_changed: bool) -> None:

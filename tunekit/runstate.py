@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tunekit.errors import UserError
-from tunekit.modelcard import without_secrets
+from tunekit.redaction import without_secrets
 from tunekit.runlock import now
 from tunekit.wholefile import write_whole
 
