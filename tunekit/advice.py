@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tunekit.recipe import Recipe
     from tunekit.schema import Section
 
 _HALF = ("bf16", "fp16")
+_NARROW = {
+    "int8": "the denoiser's frozen weights are rounded to 8 bits; steps are slower",
+    "nf4": "the denoiser's frozen weights are rounded to 4 bits, which can be seen; slower steps",
+}
 # What an optimizer keeps for each number that trains is at least a fourth with these.
 _LEANER = {
     "adamw": "adamw8bit",
@@ -55,7 +59,7 @@ def lower_memory(recipe: Recipe, resolution: int | None = None) -> list[Advice]:
 def _free(recipe: Recipe) -> Iterator[Advice]:
     """Yield what leaves the result as it is, and costs time alone."""
     train = recipe.train
-    if train.batch_size > 1:
+    if train.batch_size > 1 and not getattr(train, "fused_backward", False):
         size = next(n for n in range(train.batch_size // 2, 0, -1) if train.batch_size % n == 0)
         passes = train.gradient_accumulation * (train.batch_size // size)
         yield Advice(
@@ -71,19 +75,20 @@ def _free(recipe: Recipe) -> Iterator[Advice]:
             "the same result; each step takes about a third longer",
             free=True,
         )
-    alone = train.gradient_accumulation == 1 and recipe.data.prior is None
-    if _off(train, "fused_backward") and alone and not train.max_grad_norm:
-        yield Advice(
-            ("train.fused_backward=true",),
-            "gradients",
-            "the same result; each weight is stepped as soon as its gradient is there",
-            free=True,
-        )
 
 
 def _rounding(recipe: Recipe) -> Iterator[Advice]:
-    """Yield what rounds numbers, and mostly goes unnoticed."""
+    """Yield what rounds numbers, or leaves a guard away, and mostly goes unnoticed."""
     base, train = recipe.base, recipe.train
+    if _can_fuse(recipe):
+        clipped = train.max_grad_norm > 0
+        yield Advice(
+            ("train.fused_backward=true", *(["train.max_grad_norm=0"] if clipped else [])),
+            "gradients",
+            "each weight is stepped as soon as its gradient is there"
+            + (", which is no longer clipped" if clipped else ", with the same result"),
+            free=not clipped,
+        )
     if train.precision == "fp32":
         yield Advice(
             ("train.precision=bf16",),
@@ -96,21 +101,18 @@ def _rounding(recipe: Recipe) -> Iterator[Advice]:
             settings.append("train.learning_rate=1e-4")  # prodigy's is a factor on what it finds
         yield Advice(
             tuple(settings),
-            "optimizer",
+            "optimizer state",
             "its state is held in 8 bits or in factors; the way of training differs a little",
         )
-    held = recipe.adapter is not None and recipe.adapter.trains_weights
-    if base.dtype not in _HALF and not held and not _quantized(base):
+    adapter = recipe.adapter
+    held = adapter is not None and adapter.trains_weights
+    if base.dtype not in _HALF and not held and base.quantize is None:
         yield Advice(
             ("base.dtype=bf16",), "base", "the frozen weights are rounded to 3 digits, and half"
         )
-    if not held and _off(base, "quantize"):
-        for kind, price in (
-            ("int8", "the frozen weights are rounded to 8 bits; steps are slower"),
-            ("nf4", "the frozen weights are rounded to 4 bits, which can be seen; slower steps"),
-        ):
-            if kind in _choices(base, "quantize"):
-                yield Advice((f"base.quantize={kind}",), "base", price)
+    for kind, price in _NARROW.items() if base.quantize is None else ():
+        if adapter is None or adapter.quantize_fault(kind) is None:
+            yield Advice((f"base.quantize={kind}",), "base", price)
 
 
 def _less(recipe: Recipe, resolution: int | None) -> Iterator[Advice]:
@@ -124,11 +126,11 @@ def _less(recipe: Recipe, resolution: int | None) -> Iterator[Advice]:
             if getattr(adapter, key, None) is not None:
                 settings.append(f"adapter.{key}=null")
         yield Advice(
-            tuple(settings), "text encoder", "the words themselves learn nothing, only the pictures"
+            tuple(settings), "activations", "the words themselves learn nothing, only the pictures"
         )
     rank = getattr(adapter, "rank", None)
     if isinstance(rank, int) and rank > 4 and train.optimizer != "muon":
-        yield Advice((f"adapter.rank={rank // 2}",), "trained", "half as much can be learned")
+        yield Advice((f"adapter.rank={rank // 2}",), "what trains", "half as much can be learned")
     edges = recipe.data.resolutions or ((resolution,) if resolution else ())
     if len(edges) == 1 and edges[0] >= 512:
         smaller = edges[0] * 3 // 4 // 64 * 64
@@ -139,29 +141,27 @@ def _less(recipe: Recipe, resolution: int | None) -> Iterator[Advice]:
     if adapter is not None and adapter.trains_weights and everything:
         yield Advice(
             ("adapter.targets=attention",),
-            "trained",
+            "what trains",
             "only what ties pictures to words learns, not the whole denoiser",
         )
+
+
+def _can_fuse(recipe: Recipe) -> bool:
+    """Say whether `fused_backward` would save something and contradict nothing."""
+    train = recipe.train
+    return (
+        recipe.adapter is not None
+        and recipe.adapter.trains_weights
+        and _off(train, "fused_backward")
+        and train.optimizer not in ("prodigy", "schedulefree_adamw")
+        and train.gradient_accumulation == 1
+        and recipe.data.prior is None
+        and train.precision != "fp16"
+        and getattr(train, "on_nonfinite", "stop") == "stop"
+        and getattr(train, "on_spike", "warn") == "warn"
+    )
 
 
 def _off(section: Section, key: str) -> bool:
     """Say whether a key is there and not set."""
     return key in type(section).model_fields and not getattr(section, key)
-
-
-def _quantized(section: Section) -> bool:
-    return bool(getattr(section, "quantize", None))
-
-
-def _choices(section: Section, key: str) -> set[Any]:
-    """Return the words that a key of a section may be set to."""
-    from typing import get_args
-
-    found: set[Any] = set()
-    open_ended = [type(section).model_fields[key].annotation]
-    while open_ended:
-        kind = open_ended.pop()
-        parts = get_args(kind)
-        found |= {part for part in parts if isinstance(part, str)}
-        open_ended += [part for part in parts if not isinstance(part, str)]
-    return found

@@ -163,6 +163,7 @@ def schema(
 
 
 app.command()(cli_data.inspect)
+app.command()(cli_data.plan)
 app.command()(cli_data.caption)
 app.add_typer(cli_data.cache, name="cache")
 app.add_typer(cli_runs.runs, name="runs")

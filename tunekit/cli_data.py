@@ -1,4 +1,4 @@
-"""The verbs about pictures and words: inspect, caption, and what is cached of them."""
+"""The verbs before a run: inspect, plan, caption, and what is cached."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tunekit.cli_options import AsJson, Overrides, print_json
+from tunekit.cli_options import AsJson, Overrides, RecipeFile, print_json
 
 
 def inspect(
@@ -49,6 +49,27 @@ def inspect(
         else:
             typer.echo("\n".join(found.lines()))
     raise typer.Exit(0 if found.ok else 2)
+
+
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Prepare the run, take five steps, and tell the time."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will train and take. Memory is told, and what would lower it."""
+    from tunekit.plan import plan
+    from tunekit.progress import OnScreen
+
+    made = plan(recipe, overrides or (), probe=probe, reporter=OnScreen())
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        typer.echo("\n".join(made.lines()))
+    raise typer.Exit(0 if made.ok else 2)
 
 
 def caption(

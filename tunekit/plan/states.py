@@ -1,0 +1,45 @@
+"""How many bytes an optimizer keeps for a parameter, by its name in the recipe."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tunekit.optim import ParameterGroup
+    from tunekit.schema import Train
+
+_FLOAT = 4
+# bitsandbytes: tensors of fewer numbers keep 32 bits, others 8 with a float32 for each block.
+_SMALL, _BLOCK = 4096, 256
+_WHOLE = {"adamw": 2, "schedulefree_adamw": 2, "lion": 1, "prodigy": 4}
+_EIGHT = {"adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
+
+
+def state_bytes(train: Train, groups: list[ParameterGroup]) -> list[int]:
+    """Return the bytes of each tensor of the state, after the first step."""
+    found = []
+    for group in groups:
+        for parameter in group.parameters:
+            found += _of(train, tuple(parameter.shape), group.rows)
+    return found
+
+
+def _of(train: Train, shape: tuple[int, ...], rows: bool) -> list[int]:
+    name, count = train.optimizer, math.prod(shape)
+    if copies := _WHOLE.get(name):
+        return [_FLOAT * count] * copies
+    if copies := _EIGHT.get(name):
+        if count < _SMALL:
+            return [_FLOAT * count] * copies
+        return [count, _FLOAT * math.ceil(count / _BLOCK)] * copies
+    if name == "muon":
+        return [_FLOAT * count] * (1 if len(shape) == 2 and not rows else 2)
+    assert name in ("adafactor", "came"), name
+    factors = [math.prod(shape[:-1]), math.prod((*shape[:-2], shape[-1]))]
+    second = [_FLOAT * size for size in factors] if len(shape) >= 2 else [_FLOAT * count]
+    if name == "adafactor":
+        first = train.optimizer_args.get("beta1") is not None
+        return [*second, *([_FLOAT * count] if first else [])]
+    # CAME keeps how steady the update is, in factors as well, beside the update itself.
+    return [_FLOAT * count, *second, *(second if len(shape) >= 2 else [])]
