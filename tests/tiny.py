@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -179,5 +181,72 @@ def _vae() -> AutoencoderKL:
     )
 
 
-# A builder for each family: the contract tests run over all of them.
-BUILDERS: dict[str, Callable[..., Path]] = {"sd": tiny_sd, "sdxl": tiny_sdxl}
+def diffusion_levels(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return sqrt(a) and sqrt(1 - a) by timestep, float64, from a scheduler's configuration.
+
+    Betas as Rombach et al. 2022 have them; the zero terminal SNR of Lin et al. 2023, algorithm 1.
+    """
+    first, last = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
+    betas = torch.linspace(first, last, 1000, dtype=torch.float64) ** 2
+    signal = (1 - betas).cumprod(0).sqrt()
+    if config.get("rescale_betas_zero_snr"):
+        signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    return signal, (1 - signal**2).sqrt()
+
+
+def aim(
+    prediction: str, signal: float, sigma: float, latents: Tensor, noise: Tensor
+) -> tuple[Tensor, float]:
+    """Return what is asked for, and its weight: min-SNR with gamma 5, none for a flow."""
+    if prediction == "flow":
+        return noise - latents, 1.0
+    snr = (signal / sigma) ** 2
+    if prediction == "epsilon":
+        return noise, min(snr, 5.0) / snr
+    return signal * noise - sigma * latents, min(snr, 5.0) / (snr + 1)
+
+
+def unet_call(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy latents, timestep and prediction of a U-Net's call."""
+    return args[0].clone(), args[1].clone(), output[0].clone()
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What the contract tests need of a family.
+
+    build: saves a tiny base in a folder. variants: settings of `build` that between them reach each
+    way of predicting. levels: scheduler's configuration -> what picture and noise are multiplied
+    with, by timestep, computed by hand. weighting: keys of the objective that weigh timesteps, as
+    `aim` does. denoiser: its place in the pipeline; recorded: (args, kwargs, output) of its call ->
+    noisy latents [B, C, h, w], timestep, prediction. by_heart: keys of `train` by which one picture
+    is learned.
+    """
+
+    build: Callable[..., Path]
+    variants: Mapping[str, dict[str, Any]]
+    levels: Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]] = diffusion_levels
+    weighting: Mapping[str, Any] = field(default_factory=lambda: {"min_snr_gamma": 5.0})
+    denoiser: str = "unet"
+    recorded: Callable[[Any, Any, Any], tuple[Tensor, Tensor, Tensor]] = unet_call
+    by_heart: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "steps": 120,
+            "batch_size": 1,
+            "learning_rate": 5e-3,
+            "objective": {"min_timestep": 400},
+        }
+    )
+
+
+_PREDICTIONS: Mapping[str, dict[str, Any]] = {
+    "epsilon": {},
+    "v": {"prediction_type": "v_prediction"},
+    "zero snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+}
+# Every family: the contract tests run over all of them.
+FAMILIES: dict[str, Tiny] = {
+    "sd": Tiny(tiny_sd, _PREDICTIONS),
+    "sdxl": Tiny(tiny_sdxl, _PREDICTIONS),
+}
+BUILDERS: dict[str, Callable[..., Path]] = {name: tiny.build for name, tiny in FAMILIES.items()}

@@ -1,8 +1,8 @@
 """Files of new words: textual-inversion embeddings, and those bundled with an adapter.
 
-One word is one tensor [vectors, width] under the word's name (diffusers) or `emb_params` (whose
-word is the file's name), or one tensor for each text encoder (`clip_l`, `clip_g`). In a bundle
-they stand as `bundle_emb.WORD.string_to_param.*`, or `bundle_emb.WORD.clip_l`.
+One word is one tensor [vectors, width] under the word's name (diffusers) or `emb_params`, or one
+tensor for each text encoder (`clip_l`, `clip_g`); the last two are called by the metadata, or else
+by the file's name. In a bundle they stand as `bundle_emb.WORD.string_to_param.*`, or `bundle_emb.WORD.clip_l`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ ONE = ""
 """The key of a word's vectors where there is one text encoder."""
 STARTS = "tunekit.word_starts"
 """Metadata: {word: the base's words that it started at}, as JSON."""
+WORD = "tunekit.word"
+"""Metadata: the word of a file whose tensors do not say it."""
 _ENCODERS = ("clip_l", "clip_g")
 _BUNDLED = re.compile(r"^bundle_emb\.(?P<word>[^.]+)\.(?P<key>string_to_param\.\*|clip_[lg])$")
 _MOST_VECTORS = 75
@@ -74,7 +76,7 @@ def split(
             part = match["key"] if match["key"] in _ENCODERS else ONE
             found.setdefault(match["word"], {})[part] = tensor
             del rest[key]
-    if not found and (alone := _alone(path, tensors)):
+    if not found and (alone := _alone(metadata.get(WORD, path.stem), tensors)):
         found, rest = alone, {}
     starts = _starts(metadata)
     words = tuple(_checked(path, word, rows, starts.get(word)) for word, rows in found.items())
@@ -103,16 +105,16 @@ def contents(path: Path) -> tuple[bool, bool]:
     return words, not words
 
 
-def _alone(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]] | None:
-    """Return the word of a file that holds nothing else."""
+def _alone(word: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]] | None:
+    """Return the word of a file that holds nothing else; `word` where its tensors do not say it."""
     if tensors and tensors.keys() <= set(_ENCODERS):
-        return {path.stem: dict(tensors)}
+        return {word: dict(tensors)}
     if len(tensors) != 1 or group(tensors)[0]:
         return None
     ((name, tensor),) = tensors.items()
     if tensor.ndim not in (1, 2) or _LAYER.fullmatch(name):
         return None
-    return {path.stem if name == _NAMELESS else name: {ONE: tensor}}
+    return {word if name == _NAMELESS else name: {ONE: tensor}}
 
 
 def _checked(path: Path, word: str, rows: Mapping[str, Tensor], start: str | None) -> Embedding:

@@ -131,7 +131,8 @@ class _Work:
         for word, rows in words.vectors().items():
             path = self._path(file_word(word))
             tensors = cast_tensors(embeddings.single(word, rows), "fp32", path.name)
-            planned[path] = tensors, self._metadata(words.facts(), method="/textual-inversion")
+            facts = {**words.facts(), embeddings.WORD: word}
+            planned[path] = tensors, self._metadata(facts, method="/textual-inversion")
         if beside is not None:
             beside.set_scale(0.0)
         try:
