@@ -98,7 +98,7 @@ class TestRefusals:
         canary = folder / "canary"
         path = folder / "unet" / "diffusion_pytorch_model.safetensors"
         torch.save(Canary(canary), path)
-        assert "cannot be loaded" in refusal(folder)
+        assert f"{path}: is a pickle" in refusal(folder)
         assert not canary.exists()
 
     def test_code_in_the_folder(self, folder: Path) -> None:

@@ -122,10 +122,8 @@ def _dimensions(factor: str) -> tuple[int, ...]:
     return (0, 1, 2, 3, 4, 5)
 
 
-_LARGEST = 2**28  # numbers of a weight: more than any module's whose change is a LoHa
-_STRIP = 2**22  # numbers at a time
-
 _LARGEST = 2**28  # numbers of a weight; some bytes of a file could ask for all memory there is
+_STRIP = 2**22  # numbers at a time
 _PAIRS = (
     ("down", "up"),
     *((f"{start}w{n}_b", f"{start}w{n}_a") for start in ("hada_", "lokr_") for n in (1, 2)),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunekit import hub, singlefile
 from tunekit.errors import UserError, did_you_mean
+from tunekit.safefile import check_header
 from tunekit.schema import BUNDLED
 
 if TYPE_CHECKING:
@@ -237,7 +238,9 @@ class ModelFolder:
         safe = [f for f in files if f.endswith(".safetensors")]
         part = r"(-\d+-of-\d+)?"  # large models are saved in parts
         name = re.compile(rf"{_STEMS}{part}{re.escape(kind)}{part}\.safetensors")
-        if any(name.fullmatch(f) for f in safe):
+        if wanted := [f for f in safe if name.fullmatch(f)]:
+            for file in wanted:  # before diffusers opens them, whose word for a pickle is a riddle
+                check_header(self.path / component / file)
             return
         if safe:
             raise UserError(

@@ -10,7 +10,7 @@ import os
 import re
 
 HIDDEN = "[removed]"
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_CREDENTIALS = re.compile(r"(:/{1,2})[^/@\s]+@")  # a path has lost one of the slashes
 _SECRET_QUERY = re.compile(
     r"(?i)([?&][^=&\s]*(?:token|key|secret|signature|password)[^=&\s]*=)[^&\s\"']+"
 )
@@ -29,7 +29,7 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
-    text = _CREDENTIALS.sub(f"{HIDDEN}@", text)
+    text = _CREDENTIALS.sub(rf"\1{HIDDEN}@", text)
     return _TOKEN.sub(HIDDEN, _SECRET_QUERY.sub(rf"\1{HIDDEN}", text))
 
 

@@ -24,6 +24,7 @@ from tunekit.keeping import LIKENESS
 from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
 from tunekit.runlock import LOCK, Holder
 from tunekit.runstate import STATE
+from tunekit.safefile import check_folder
 from tunekit.wholefile import disk_errors, part_of, tidy, write_whole
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class RunWriter:
         self._check_writable()
         if not self.path.is_dir():
             return
+        check_folder(self.path)
         runlock.check(self.path)
         found = sorted(entry.name for entry in self.path.iterdir())
         strange = [name for name in found if (part_of(name) or name) not in OURS]

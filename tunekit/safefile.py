@@ -1,8 +1,10 @@
-"""Whether a file is what its name says, before any library opens it: a whole safetensors file."""
+"""Whether files are what they seem, before any library opens them: safetensors, a run's folder."""
 
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 from tunekit.errors import UserError
@@ -55,3 +57,22 @@ def tensor_names(path: Path) -> list[str]:
     if missing > 0:
         raise UserError(f"{path}: is cut short: {missing} bytes are missing; download it again")
     return sorted(header)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where a folder holds anything but files and folders of its own.
+
+    What is written into it would reach through a link to a file that lies elsewhere, and reading
+    what is no file may never end.
+    """
+    for here, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(here) / name
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # gone meanwhile: another run's, which its lock will tell
+                continue
+            if stat.S_ISLNK(mode):
+                raise UserError(f"{path}: is a link; put the file itself here, or name the folder")
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{path}: is neither a file nor a folder; remove it")

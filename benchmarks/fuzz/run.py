@@ -1,0 +1,197 @@
+"""Feed every reader of other people's files thousands of spoilt inputs, each under a watch.
+
+    python benchmarks/fuzz/run.py [--inputs 10000] [--seed 0] [--only "recipe text"]
+
+The readers and the ways to spoil are those of tests/faults; input N of a seed is always the same
+one. Readers that load a model or a run for each input get a tenth of the inputs. Each reader has a
+process of its own. What counts as a fault: any exception but the one-line refusal, a process that
+dies, more than 5 seconds of processor time (20 of waiting), more than 1.5 GB of memory, a file
+written outside of the input's folder, a socket, a subprocess, an unpickled class. Writes
+benchmarks/results/fuzz.json; exits with 1 where there is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "tests")]
+RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
+PROCESSOR, WAIT = 5.0, 20.0  # seconds an input
+MEMORY = 1_500_000_000  # bytes an input, beyond what the process had
+_MOST_KINDS = 20  # faults of a reader told
+
+
+def main() -> int:
+    """Fuzz, print a line a reader, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tunekit-fuzz-") as scratch:
+        _stay_in(Path(scratch))
+        from targets import DATA
+        from targets_files import FILES
+
+        named = {target.name: target for target in (*DATA, *FILES)}
+        if unknown := set(options.only) - named.keys():
+            parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(named)}")
+        rows: dict[str, dict[str, Any]] = {}
+        table = {
+            "seed": options.seed,
+            "limits": {"processor_s": PROCESSOR, "wait_s": WAIT, "memory_bytes": MEMORY},
+            "python": platform.python_version(),
+            "readers": rows,
+        }
+        for name in options.only or named:
+            target = named[name]
+            inputs = max(1, options.inputs // 10) if target.dear else options.inputs
+            rows[name] = fuzz(target, inputs, options.seed, Path(scratch))
+            print(f"{name:20} {_told(rows[name])}", flush=True)
+            options.result.write_text(json.dumps(table, indent=2) + "\n")
+    return int(any(row["faults"] for row in rows.values()))
+
+
+def _stay_in(scratch: Path) -> None:
+    """Let nothing that a library keeps be written elsewhere, or asked of the network."""
+    for name, folder in {
+        "HOME": "home",
+        "TMPDIR": "tmp",
+        "HF_HOME": "hf",
+        "TUNEKIT_CACHE": "c",
+    }.items():
+        (scratch / folder).mkdir()
+        os.environ[name] = str(scratch / folder)
+    tempfile.tempdir = None
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def fuzz(target: Any, inputs: int, seed: int, scratch: Path) -> dict[str, Any]:
+    """Return what came of `inputs` inputs; a process that dies or hangs is replaced by another."""
+    began = time.monotonic()
+    told: Counter[str] = Counter()
+    first: dict[str, dict[str, Any]] = {}
+    refused, done, slowest, largest = 0, 0, (0.0, 0), (0, 0)
+    while done < inputs:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        worker = multiprocessing.get_context("fork").Process(
+            target=_work, args=(target, done, inputs, seed, scratch, theirs)
+        )
+        worker.start()
+        theirs.close()
+        fault = None
+        while done < inputs:
+            # The first answer waits for imports.
+            if not ours.poll(120 if fault is None and done == 0 else WAIT + PROCESSOR):
+                worker.kill()
+                fault = "hung"
+                break
+            try:
+                answer = ours.recv()
+            except EOFError:
+                worker.join()
+                fault = f"died (exit code {worker.exitcode})"
+                break
+            slowest = max(slowest, (answer["seconds"], done))
+            largest = max(largest, (answer["bytes"], done))
+            refused += answer["refused"]
+            if what := answer["fault"]:
+                told[what] += 1
+                first.setdefault(what, {"input": done, "trace": answer["trace"]})
+            done += 1
+        if fault is not None:
+            told[fault] += 1
+            first.setdefault(fault, {"input": done, "trace": []})
+            done += 1
+        worker.join()
+    return {
+        "inputs": done,
+        "refused": refused,
+        "seconds": round(time.monotonic() - began, 1),
+        "slowest": {"processor_s": round(slowest[0], 3), "input": slowest[1]},
+        "largest": {"bytes": largest[0], "input": largest[1]},
+        "faults": [
+            {"what": what, "count": count, **first[what]}
+            for what, count in told.most_common(_MOST_KINDS)
+        ],
+    }
+
+
+def _work(target: Any, start: int, end: int, seed: int, scratch: Path, answers: Connection) -> None:
+    from targets import emptied
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # libtiff and diffusers say a lot
+    sys.dont_write_bytecode = True
+    seeds = target.prepare(emptied(scratch / "good"))
+    here = scratch / "here"
+    os.chdir(emptied(here))
+    _feed(target, seed, -1, seeds, here, scratch)  # brings what is imported on the way
+    for number in range(start, end):
+        answers.send(_feed(target, seed, number, seeds, here, scratch))
+    os._exit(0)
+
+
+def _feed(
+    target: Any, seed: int, number: int, seeds: Any, here: Path, scratch: Path
+) -> dict[str, Any]:
+    from targets import emptied, run_once
+    from watch import watched
+
+    os.chdir(emptied(here))
+    rng = Random(f"{seed} {target.name} {number}")
+    before, began = _memory("VmRSS"), time.process_time()
+    refused, fault, trace = False, "", []
+    try:
+        with watched(scratch) as seen:
+            refused = run_once(target, rng, seeds, here)
+        fault = seen[0] if seen else ""
+    except BaseException as error:  # whatever it is, it is what is looked for
+        calls = traceback.extract_tb(error.__traceback__)
+        trace = [f"{Path(call.filename).name}:{call.lineno}" for call in calls][-12:]
+        own = [call for call in calls if "/tunekit/" in call.filename] or calls
+        fault = f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
+    seconds, most = time.process_time() - began, max(0, _memory("VmHWM") - before)
+    if not fault and number >= 0:
+        fault = "slow" if seconds > PROCESSOR else "large" if most > MEMORY else ""
+    return {
+        "seconds": seconds, "bytes": most, "refused": refused, "fault": fault, "trace": trace
+    }  # fmt: skip
+
+
+def _memory(name: str) -> int:
+    """Return a line of /proc/self/status in bytes; asked for what is held now, forget the peak."""
+    if name == "VmRSS":
+        Path("/proc/self/clear_refs").write_text("5")
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition(f"{name}:")[2].split()[0]) * 1024
+
+
+def _told(row: dict[str, Any]) -> str:
+    faults = "; ".join(f"{fault['what']} ({fault['count']})" for fault in row["faults"]) or "none"
+    return (
+        f"{row['inputs']:,} inputs, {row['refused']:,} refused, {row['seconds']:.0f} s, slowest "
+        f"{row['slowest']['processor_s']:.2f} s, largest {row['largest']['bytes'] / 1e6:.0f} MB, "
+        f"faults: {faults}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
