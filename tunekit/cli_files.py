@@ -15,6 +15,10 @@ BaseOption = Annotated[
     str | None,
     typer.Option("--base", help="toybox, a folder or a Hub id.", show_default="the file's"),
 ]
+Config = Annotated[
+    str | None,
+    typer.Option(help="A folder that describes a base which is one file.", show_default=False),
+]
 Layout = Annotated[str, typer.Option("--to", help="Whose naming: diffusers or kohya.")]
 Dtype = Annotated[str, typer.Option(help="Number format: fp16, bf16 or fp32.")]
 OwnDtype = Annotated[
@@ -60,6 +64,7 @@ def merge(
         bool, typer.Option("--into-adapter", help="Merge into one adapter file, not into the base.")
     ] = False,
     base: BaseOption = None,
+    config: Config = None,
     variant: Annotated[
         str | None, typer.Option(help="Weight variant of the base, such as fp16.")
     ] = None,
@@ -99,8 +104,9 @@ def merge(
     given = [parse_adapter(text) for text in adapter]
     keep = Keep.of(rank, energy, frobenius)
     if into_adapter:
-        if variant is not None:
-            raise UserError("--variant: is of a base that is merged into; leave it out")
+        for option, value in (("--variant", variant), ("--config", config)):
+            if value is not None:
+                raise UserError(f"{option}: is of a base that is merged into; leave it out")
         way = Way.of(method or "concat", density, seed or 0, keep)
         made: Any = mix(
             given,
@@ -122,6 +128,7 @@ def merge(
             given,
             out,
             base=base,
+            config=config,
             variant=variant,
             dtype=dtype,
             overwrite=overwrite,
@@ -131,7 +138,7 @@ def merge(
 
 
 def extract(
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder or Hub id.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder, Hub id or file.")],
     original: Annotated[
         str, typer.Option("--from", metavar="ORIGINAL", help="What it was tuned from.")
     ],
@@ -142,6 +149,7 @@ def extract(
     targets: Annotated[
         str, typer.Option(help="attention, attention+mlp or full, as adapter.targets.")
     ] = "full",
+    config: Config = None,
     to: Layout = "kohya",
     dtype: Dtype = "fp16",
     overwrite: Overwrite = False,
@@ -158,6 +166,7 @@ def extract(
         out,
         Keep.of(rank, energy, frobenius),
         targets=targets,
+        config=config,
         layout=to,
         dtype=dtype,
         overwrite=overwrite,

@@ -74,6 +74,7 @@ def test_there_and_on(
         (["convert", "none.safetensors", "--to", "kohya"], "none.safetensors: cannot be read"),
         (["convert", "LORA", "--to", "kohya", "--base", "nowhere"], "there is no folder nowhere"),
         (["merge", "LORA", "--out", "m", "--rank", "4"], "--rank: is for --into-adapter"),
+        (["merge", "LORA", "--out", "m", "--base", "toybox", "--config", "x"], "and none is"),
         (["merge", "LORA:x", "--out", "m"], '"x" is no weight'),
         (["merge", "LORA", "--into-adapter", "--out", "m"], "does not end in .safetensors"),
         (["resize", "LORA", "--out", "m.safetensors"], "name --rank, --energy or --frobenius"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ldm import single_file
 from made_files import KINDS, export, random, write
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from tunekit import families
 from tunekit.checkpoint import read_safetensors
 from tunekit.errors import UserError
 from tunekit.families import Family
+from tunekit.files.cut import Keep
+from tunekit.files.extract import extract
 from tunekit.files.folder import merge
 from tunekit.inference import load
 from tunekit.schema import Base
@@ -158,6 +161,37 @@ def test_half_precision_says_what_it_rounds(
     tensors, _ = read_safetensors(tmp_path / "b/unet/diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     base_of(tmp_path / "b", dtype="bf16")
+
+
+def test_a_base_that_is_one_file(exported: Any, tiny_folder: Folder, tmp_path: Path) -> None:
+    base, one = tiny_folder(), single_file(tiny_folder(), tmp_path / "one.safetensors")
+    given = [(exported("LoRA"), 1.0)]
+    made = merge(given, tmp_path / "m", base=str(one), config=str(base))
+    assert any("is one file" in remark for remark in made.remarks)
+    wanted = predict(load(Base(model=str(base)), given, "cpu").family)
+    found = base_of(tmp_path / "m")
+    assert off(predict(found), wanted, predict(base_of(base))) < 1e-4
+    grey = torch.zeros(1, 3, 32, 32)
+    assert found.encode_image(grey).allclose(base_of(base).encode_image(grey), atol=1e-6)
+    out = tmp_path / "x.safetensors"
+    report = extract(str(tmp_path / "m"), str(one), out, Keep(rank=4), config=str(base))
+    assert report.kept > 1 - 1e-6
+    assert not report.left_out
+
+
+def test_a_variant_is_merged_under_the_usual_names(
+    exported: Any, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    family = base_of(tiny_folder())
+    family.pipeline().to(torch.float16).save_pretrained(tmp_path / "base", variant="fp16")
+    given = [(exported("LoRA"), 1.0)]
+    with pytest.raises(UserError, match="name the variant it has"):
+        merge(given, tmp_path / "m", base=str(tmp_path / "base"))
+    merge(given, tmp_path / "m", base=str(tmp_path / "base"), variant="fp16")
+    assert not list((tmp_path / "m").rglob("*fp16*"))
+    found = base_of(tmp_path / "m")
+    wanted = predict(load(Base(model=str(tiny_folder())), given, "cpu").family)
+    assert off(predict(found), wanted, predict(base_of(tiny_folder()))) < 0.05
 
 
 class TestRefused:

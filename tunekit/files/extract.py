@@ -11,11 +11,10 @@ from tunekit.files import output
 from tunekit.files.cut import Keep, cut_matrix
 from tunekit.files.names import Names, Place
 from tunekit.files.report import Report, Row
-from tunekit.files.sources import Weights, outline
+from tunekit.files.sources import Weights, base_called, check_config, outline
 from tunekit.files.sources import targets as targeted
 from tunekit.modelcard import portable
 from tunekit.progress import Reporter, Silent
-from tunekit.schema import Base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +27,7 @@ def extract(
     keep: Keep,
     *,
     targets: str = "full",
+    config: str | None = None,
     layout: str = "kohya",
     dtype: str | None = "fp16",
     overwrite: bool = False,
@@ -35,21 +35,23 @@ def extract(
 ) -> Report:
     """Write tuned - original as a LoRA: the nearest of its rank to each weight's difference.
 
-    tuned, original: folders or Hub ids of one family. targets: a preset of the family, as in
+    tuned, original: folders, Hub ids or files of one family; files are described by the folder
+    `config`. targets: a preset of the family, as in
     recipes; what changed outside it is told and left out. Raises UserError where the two are not
     of one form, or nothing in the targets differs.
     """
     output.check_out(out, overwrite)
     if keep == Keep():
         raise UserError("name --rank, --energy or --frobenius: how much of every module is kept")
-    base = Base(model=original)
+    check_config(config, original, tuned)
+    base, later = (base_called(model, config) for model in (original, tuned))
     family = outline(base)
     names = Names(family)
     before = Weights(base, family, names)
-    other = outline(Base(model=tuned))
+    other = outline(later)
     if type(other) is not type(family):
         raise UserError(f"{tuned}: is {other.name}, and {original} is {family.name}")
-    after = Weights(Base(model=tuned), other, Names(other))
+    after = Weights(later, other, Names(other))
     chosen = targeted(family, targets)
     rows: list[Row] = []
     left: list[tuple[str, float]] = []
@@ -70,7 +72,8 @@ def extract(
                 rows.append(Row.of(".".join(place), None, cut))
                 result.add(place, output.lora(cut.up, cut.down))
         result.finish(output.described(names, family.facts(), out.stem, {}, done))
-    return Report(out, done, tuple(rows), tuple(result.remarks), tuple(left))
+    remarks = (*before.remarks, *after.remarks, *result.remarks)
+    return Report(out, done, tuple(rows), remarks, tuple(left))
 
 
 def _pairs(before: Weights, after: Weights) -> Iterator[tuple[tuple[str, str], Place | None, str]]:

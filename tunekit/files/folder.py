@@ -14,8 +14,8 @@ from tunekit.errors import UserError
 from tunekit.files import output, sources
 from tunekit.files.adapter import AdapterFile, metadata_of
 from tunekit.files.names import Names, Place, listed
-from tunekit.files.sources import Entry, Weights
-from tunekit.files.stream import Form, TensorFile, write
+from tunekit.files.sources import Entry, Source, Weights
+from tunekit.files.stream import Form, write
 from tunekit.progress import Reporter, Silent
 from tunekit.schema import Base
 from tunekit.wholefile import check_room, disk_errors, to_disk, whole_folder
@@ -61,6 +61,7 @@ def merge(
     out: Path,
     *,
     base: str | None = None,
+    config: str | None = None,
     variant: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -68,16 +69,16 @@ def merge(
 ) -> Merged:
     """Write the base with every adapter added at its weight, as a diffusers folder.
 
-    Each change is that of the untouched base, so their order does not matter. base: as
+    Each change is that of the untouched base, so their order does not matter. base, config: as
     `sources.find_base`. dtype: of what is written; None: each tensor keeps its own. Text encoders
-    are written with the names, tokenizers with the files, that older libraries look for.
-    Raises UserError where an adapter does not fit; the folder appears whole or not at all.
+    are written with the names, tokenizers with the files, that older libraries look for. Raises
+    UserError where an adapter does not fit; the folder appears whole or not at all.
     """
     if dtype is not None:
         output.check_options("diffusers", dtype)
     first = adapters[0][0]
-    found = sources.find_base(base, metadata_of(first), first)
-    chosen = Base(model=found.model, variant=variant)
+    found = sources.find_base(base, metadata_of(first), first, config)
+    chosen = Base.model_validate(found.model_dump() | {"variant": variant})
     family = sources.outline(chosen)
     names = Names(family)
     files = [(AdapterFile(path, names), weight) for path, weight in adapters]
@@ -88,7 +89,8 @@ def merge(
     work = _Work(files, weights, names, dtype)
     components = family.components()
     total = sum(len(e) for held in weights.entries.values() for _, e in held)
-    needed = sum(p.stat().st_size for p in weights.folder.path.rglob("*.safetensors"))
+    at = weights.folder.weights or weights.folder.path
+    needed = sum(p.stat().st_size for p in (at, *at.rglob("*.safetensors")))
     check_room(out, needed + _ROOM_BESIDE, "make room, or name a folder on another disk")
     with disk_errors(out, needed=needed), whole_folder(out) as partial:
         with (reporter or Silent()).stage("merge", total) as tick:
@@ -98,7 +100,7 @@ def merge(
         for path in (*partial.rglob("*"),):
             to_disk(path)
     told = tuple(f"{path.name} x {weight:g}" for path, weight in adapters)
-    remarks = [*(r for f, _ in files for r in f.remarks), *work.remarks]
+    remarks = [*weights.remarks, *(r for f, _ in files for r in f.remarks), *work.remarks]
     return Merged(
         out,
         family.label,
@@ -149,7 +151,7 @@ class _Work:
     lost: float = 0.0
 
     def component(
-        self, folder: Path, held: Sequence[tuple[TensorFile, list[Entry]]], tick: Any
+        self, folder: Path, held: Sequence[tuple[Source, list[Entry]]], tick: Any
     ) -> None:
         """Write a component's weights and its configuration."""
         folder.mkdir()
@@ -174,14 +176,14 @@ class _Work:
         variant = self.weights.base.variant
         return name.replace(f".{variant}", "", 1) if variant else name
 
-    def _form(self, file: TensorFile, entry: Entry) -> Form:
+    def _form(self, file: Source, entry: Entry) -> Form:
         form = file.forms[entry.name]
         if self.dtype is None or not form.kind.is_floating_point:
             return form
         return Form(output.FORMATS[self.dtype], form.shape)
 
     def _tensors(
-        self, file: TensorFile, entries: list[Entry], tick: Any
+        self, file: Source, entries: list[Entry], tick: Any
     ) -> Iterator[tuple[str, Tensor]]:
         for entry in entries:
             tensor = file.read(entry.name)
@@ -246,10 +248,14 @@ def _copy_rest(
             continue
         (out / name).mkdir()
         _Work._copy_descriptions(source / name, out / name)
-        for path in sources.weight_files(source / name, variant) if name in components else ():
-            plain = path.name.replace(f".{variant}", "", 1) if variant else path.name
-            shutil.copyfile(path, out / name / plain)
-        if name in components:
+        if name in weights.others:
+            held = weights.others[name]
+            tensors = ((key, held.read(key)) for key in held.forms)
+            write(out / name / held.path.name, held.forms, tensors, {"format": "pt"})
+        elif name in components:
+            for path in sources.weight_files(source / name, variant):
+                plain = path.name.replace(f".{variant}", "", 1) if variant else path.name
+                shutil.copyfile(path, out / name / plain)
             _copy_index(source / name, out / name, variant)
         if name.startswith("tokenizer"):
             _spell_out(out / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,12 @@ from tunekit.adapters.base import match_modules
 from tunekit.errors import UserError, did_you_mean
 from tunekit.files.adapter import Parts, like
 from tunekit.files.names import Names, Place
-from tunekit.files.stream import TensorFile
-from tunekit.modelfolder import ModelFolder
+from tunekit.files.stream import Form, TensorFile
+from tunekit.modelfolder import ModelFolder, names_file
 from tunekit.schema import BUNDLED, Base
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tunekit.families import Family
 
@@ -29,13 +30,28 @@ _MADE_FOR = ("modelspec.architecture", "ss_base_model_version")
 _INDEX = ".safetensors.index.json"
 
 
-def find_base(asked: str | None, metadata: Mapping[str, str], path: Path) -> Base:
+def base_called(model: str, config: str | None = None, variant: str | None = None) -> Base:
+    """Return the base of a name. config: what describes it, where it is one file."""
+    return Base(model=model, variant=variant, config=config if names_file(model) else None)
+
+
+def check_config(config: str | None, *models: str | None) -> None:
+    """Raise UserError for a description that describes nothing: none of the models is one file."""
+    if config is not None and not any(model is not None and names_file(model) for model in models):
+        raise UserError(f"--config: {config} would describe a base that is one file, and none is")
+
+
+def find_base(
+    asked: str | None, metadata: Mapping[str, str], path: Path, config: str | None = None
+) -> Base:
     """Return the base that is `asked` for, or else the one that the file at `path` names.
 
-    A folder, a Hub id, or `toybox`. Raises UserError where the file names none that can be found.
+    A folder, a Hub id, `toybox`, or one file, which the folder `config` describes. Raises UserError
+    where the file names none that can be found.
     """
+    check_config(config, asked)
     if asked is not None:
-        return Base(model=asked)
+        return base_called(asked, config)
     named = next((metadata[key] for key in _SAID if metadata.get(key)), None)
     if named is not None and (
         named == BUNDLED or Path(named).expanduser().is_dir() or hub.means_id(named)
@@ -96,21 +112,35 @@ class Entry:
     which: str
 
 
-class Weights:
-    """The weights of a diffusers folder's denoiser and text encoders.
+class Held:
+    """A component in memory that is read as if it lay in a file at `path`."""
 
-    files: component -> its safetensors files. Raises UserError where the base is no such folder or
-    lacks what a component needs.
+    def __init__(self, path: Path, module: nn.Module) -> None:
+        self.path, self._state = path, module.state_dict()
+        self.forms = {name: Form.of(tensor) for name, tensor in self._state.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, in memory of its own."""
+        tensor: Tensor = self._state[name]
+        return tensor.clone()
+
+
+Source = TensorFile | Held
+
+
+class Weights:
+    """The weights of a base's denoiser and text encoders: in a diffusers folder, or in one file.
+
+    One file is taken apart by diffusers, for which it is read whole; all others tensor by tensor.
+    entries: component -> what holds its tensors, and an entry for each. others: the other
+    components of one file, by their diffusers names. Raises UserError where something is missing.
     """
 
     def __init__(self, base: Base, family: Family, names: Names) -> None:
         self.base, self.label, self._names = base, family.label, names
         self.folder = ModelFolder.open(base)
-        if self.folder.weights is not None:
-            raise UserError(
-                f"{self.label}: is one file; this takes a base apart tensor by tensor and needs a "
-                "diffusers folder: save it as one (diffusers: from_single_file, save_pretrained)"
-            )
+        self.others: dict[str, Held] = {}
+        self.remarks: list[str] = []
         parts = family.components()
         rest = [
             name
@@ -122,17 +152,32 @@ class Weights:
             parts,
             base.variant,
         )
-        self.files = {
-            component: weight_files(self.folder.path / where, base.variant)
-            for component, where in names.folders.items()
-        }
-        self._where: dict[tuple[Place, str], tuple[TensorFile, str]] = {}
-        self.entries: dict[str, list[tuple[TensorFile, list[Entry]]]] = {}
-        for component, paths in self.files.items():
-            self.entries[component] = [self._entries(component, path) for path in paths]
+        self._where: dict[tuple[Place, str], tuple[Source, str]] = {}
+        self.entries: dict[str, list[tuple[Source, list[Entry]]]] = {}
+        taken = self._taken_apart() if self.folder.weights is not None else {}
+        for component, where in names.folders.items():
+            held: list[Source] = [taken.pop(where)] if where in taken else []
+            files = [] if held else weight_files(self.folder.path / where, base.variant)
+            held += [TensorFile(path) for path in files]
+            self.entries[component] = [self._entries(component, source) for source in held]
+        self.others = taken
 
-    def _entries(self, component: str, path: Path) -> tuple[TensorFile, list[Entry]]:
-        file = TensorFile(path)
+    def _taken_apart(self) -> dict[str, Held]:
+        """Return every component of one file, by its diffusers name, in the file's own format."""
+        assert self.folder.weights is not None
+        kinds = Counter(form.dtype for form in TensorFile(self.folder.weights).forms.values())
+        most = {"float16": "fp16", "bfloat16": "bf16"}.get(kinds.most_common(1)[0][0], "fp32")
+        loaded = families.load(self.base.model_copy(update={"dtype": most}))
+        self.remarks.append(
+            f"{self.label}: is one file, which diffusers takes apart: read whole, in {most}"
+        )
+        texts = loaded.text_encoders
+        return {
+            name: Held(self.folder.path / name / _stem(name in texts), module)
+            for name, module in loaded.components().items()
+        }
+
+    def _entries(self, component: str, file: Source) -> tuple[Source, list[Entry]]:
         own = {place[1]: place for place in self._names.modules if place[0] == component}
         tops = {name.partition(".")[0] for name in own}
         wide = {self._names.wide(place): place for place in own.values()}
@@ -161,12 +206,16 @@ class Weights:
         return (place, which) in self._where
 
     @functools.cached_property
-    def tables(self) -> dict[str, dict[str, tuple[TensorFile, Entry]]]:
+    def tables(self) -> dict[str, dict[str, tuple[Source, Entry]]]:
         """Component -> every tensor's file and entry by its wide name."""
         return {
             component: {entry.wide: (file, entry) for file, entries in held for entry in entries}
             for component, held in self.entries.items()
         }
+
+
+def _stem(text: bool) -> str:
+    return f"{'model' if text else 'diffusion_pytorch_model'}.safetensors"
 
 
 class Needed:
