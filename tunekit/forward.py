@@ -7,7 +7,7 @@ the training and later pictures come from the same code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import UserError
 
@@ -64,7 +64,7 @@ def _compiled(family: Family) -> Predict:
 
     def predict(*given: Any) -> Tensor:
         try:
-            return cast("Tensor", made(*given))
+            return made(*given)
         except TorchDynamoException as error:
             raise UserError(_uncompiled(error)) from None
 

@@ -131,13 +131,15 @@ class Guards:
         if settings.precision == "fp16":
             advice += ", or set train.precision: bf16 or fp32"
         key = "on_spike" if fault.spike is not None else "on_nonfinite"
-        if fault.policy == "stop":
+        intact = "before the step was taken, what was learned before is intact"
+        if settings.fused_backward:
+            intact = "within the step (fused_backward), what the last checkpoint holds is intact"
+        elif fault.policy == "stop":
             advice += f", or set train.{key}: skip"
         else:
             advice += f", or raise train.max_skips: {self.skips} steps were skipped before"
         return TrainingError(
-            f"{where}: {fault}; stopped before the step was taken, what was learned before is "
-            f"intact: {advice}",
+            f"{where}: {fault}; stopped {intact}: {advice}",
             step=step + 1,
             names=[one.name for one in fault.seen],
         )

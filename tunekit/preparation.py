@@ -144,7 +144,7 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
 
     cache: where encoded pictures and words are kept; who trains holds it with `using` to the end.
     """
-    from tunekit import families, objective, optim, quantize, tokens
+    from tunekit import families, objective, optim, tokens
     from tunekit.data import Cache
     from tunekit.inference import default_device
 
@@ -164,14 +164,11 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
         _check_drawing(recipe, family, seen.training.resolutions)
         objective.check(recipe.train.objective, family.schedule)
         references, told = _all_references(seen.training, seen.held_out)
+        idle = ("vae",) if recipe.trains_text_encoder() else ("vae", *family.text_encoders)
         notes = [seen.training.headline(), *map(sheet.told, seen.findings), *told]
-        notes += _cut_prompts(recipe, base)
-        notes += objective.notes(recipe.train.objective, family.schedule)
-        notes += optim.notes(recipe.train, device.type)
-        notes += quantize.notes(family.denoiser, family.dtype)
+        notes += _notes(recipe, base, family, idle)
         for note in notes:
             reporter.note(note)
-        idle = ("vae",) if recipe.trains_text_encoder() else ("vae", *family.text_encoders)
         encode = _encoder(recipe, family, base.size_multiple, cache, reporter)
         dataset = encode(seen.training.examples, data, seen.training.resolutions)
         keepers = _keepers(data, seen, family, cache, reporter)
@@ -224,13 +221,14 @@ def _looks(seen: Sheets, keepers: DataSheet | None) -> list[tuple[str, str]]:
 
 def _check_machine(recipe: Recipe, device: torch.device) -> None:
     """Raise UserError for what this machine or its packages cannot do."""
-    from tunekit import optim, quantize
+    from tunekit import forward, optim, quantize
     from tunekit.train import check_precision
 
     check_precision(device, recipe.train.precision)
     optim.check_optimizer(recipe.train)
     if recipe.base.quantize is not None:
         quantize.check(recipe.base.quantize)
+    forward.check(recipe.train)
 
 
 def _check_judges(recipe: Recipe) -> None:
@@ -252,6 +250,22 @@ def _check_drawing(recipe: Recipe, family: Family, resolutions: Sequence[int]) -
         )
     drawing_of(recipe, resolutions[0])
     family.pipeline(recipe.evaluate.scheduler)
+
+
+def _notes(recipe: Recipe, base: Description, family: Family, idle: Sequence[str]) -> Iterator[str]:
+    """Yield what there is to tell of these settings on this base."""
+    from tunekit import objective, optim, quantize
+
+    yield from _cut_prompts(recipe, base)
+    yield from objective.notes(recipe.train.objective, family.schedule)
+    yield from optim.notes(recipe.train, family.device.type)
+    yield from quantize.notes(family.denoiser, family.dtype)
+    size = sum(quantize.bytes_held(family.components()[name]) for name in idle)
+    verb = "is" if len(idle) == 1 else "are"
+    yield (
+        f"{' and '.join(idle)} ({size / 1e6:,.1f} MB) {verb} not in memory while training: what "
+        "they made of the pictures and words is cached"
+    )
 
 
 def _cut_prompts(recipe: Recipe, base: Description) -> list[str]:

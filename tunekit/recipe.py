@@ -198,6 +198,8 @@ def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
         yield from _text_encoder(source)
     if isinstance(tree.get("export"), dict):
         yield from _layouts(source, tree["export"].get("layouts"))
+    if isinstance(train, dict) and train.get("fused_backward") is True:
+        yield from _fused(source, data)
     yield from word_faults(source)
     if isinstance(base, dict):
         yield from _quantize(source, base.get("quantize"))
@@ -254,6 +256,15 @@ def _layouts(source: Source, layouts: Any) -> Iterator[Fault]:
     for layout in asked or ():
         if problem := adapter.layout_fault(layout):
             yield source.fault(("export", "layouts"), problem)
+
+
+def _fused(source: Source, data: Any) -> Iterator[Fault]:
+    if isinstance(data, dict) and data.get("prior") is not None:
+        problem = (
+            "takes its steps after the pictures of the subject, before those of the class "
+            "(data.prior) are seen: leave one of them out"
+        )
+        yield source.fault(("train", "fused_backward"), problem)
 
 
 def _quantize(source: Source, kind: Any) -> Iterator[Fault]:

@@ -7,7 +7,6 @@ drawn with the exported file by a fresh pipeline: the scores are those of what p
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import os
 import time
@@ -266,15 +265,20 @@ class _Session:
         from tunekit.evaluation.measure import Gallery, count_pictures, measure
         from tunekit.export import needed
         from tunekit.inference import Painter, load
+        from tunekit.samples import InTurn
 
         ready, base = self.prepared, self.recipe.base
-        before = load(base, device=ready.device)
         if files:
-            del ready.family, ready.adapter  # make room for fresh ones
-            gc.collect()
-            after = load(base, needed(files), device=ready.device)
-        else:
-            after = Painter.of(ready.family, ready.adapter)
+            del ready.family, ready.adapter  # make room for fresh ones, one at a time
+        turns = InTurn()
+        before = turns.of(lambda: load(base, device=ready.device))
+        after = turns.of(
+            lambda: (
+                load(base, needed(files), device=ready.device)
+                if files
+                else Painter.of(ready.family, ready.adapter)
+            )
+        )
         training, held_out = ready.references
         judges = load_judges(self.recipe.evaluate, ready.device)
         with self.reporter.stage("evaluating", count_pictures(self.question)) as tick:

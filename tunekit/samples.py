@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,26 @@ if TYPE_CHECKING:
 
 BEFORE_AFTER = "before-after.png"
 SAMPLE_PROMPTS = 2  # samples in training show that something happens; the evaluation judges
+
+
+class InTurn:
+    """Painters of which one is in memory: each is made when it draws, and the one before goes."""
+
+    def __init__(self) -> None:
+        self._make: Callable[[], Painter] | None = None
+        self._painter: Painter | None = None
+
+    def of(self, make: Callable[[], Painter]) -> Callable[[], Painter]:
+        """Return what gives the painter that `make` makes."""
+
+        def painter() -> Painter:
+            if self._painter is None or self._make is not make:
+                self._painter = None
+                gc.collect()
+                self._painter, self._make = make(), make
+            return self._painter
+
+        return painter
 
 
 class Samples:
@@ -90,12 +111,12 @@ class Samples:
         return path
 
     def drawer(
-        self, painter: Painter, who: str, tick: Callable[[str], None]
+        self, painter: Callable[[], Painter], who: str, tick: Callable[[str], None]
     ) -> Callable[[str, int], Image]:
-        """Return (prompt, seed) -> picture, drawn by `painter` and kept under `who`."""
+        """Return (prompt, seed) -> picture, drawn by what `painter` gives and kept under `who`."""
 
         def draw(prompt: str, seed: int) -> Image:
-            picture = self.draw(painter, who, prompt, seed)
+            picture = self.draw(painter(), who, prompt, seed)
             tick(prompt)
             return picture
 

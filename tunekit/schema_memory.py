@@ -36,7 +36,7 @@ class Memory(Section):
     gradient_checkpointing: bool = Field(
         False,
         description="Whether activations inside the denoiser are computed twice and not kept: less "
-        "memory, about a third more time, the same gradient to the bit.",
+        "memory, a third to two thirds more time, the same gradient to the bit.",
         json_schema_extra=also("activation_checkpointing", "use_gradient_checkpointing"),
     )
     fused_backward: bool = Field(

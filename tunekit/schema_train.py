@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from tunekit.schema_memory import Memory, grad_norm
 from tunekit.schema_objective import Objective as Objective
-from tunekit.section import Decay, Precision, Section, Seed, also
+from tunekit.section import Decay, Precision, Seed, also
 
 OptimizerName = Literal[
     "adamw",
@@ -50,7 +51,7 @@ def _rate(values: dict[str, Any]) -> float:
     return {"prodigy": 1.0, "lion": 2e-5, "lion8bit": 2e-5}.get(values.get("optimizer", ""), 1e-4)
 
 
-class Train(Section):
+class Train(Memory):
     """How is it trained?"""
 
     steps: int = Field(
@@ -153,9 +154,10 @@ class Train(Section):
         json_schema_extra=also("lr_decay_steps"),
     )
     max_grad_norm: float = Field(
-        1.0,
+        default_factory=grad_norm,
         ge=0,
-        description="Gradients are scaled down to this norm where they exceed it; 0: never.",
+        description="Gradients are scaled down to this norm where they exceed it; 0: never. "
+        "Default: 1; 0 with fused_backward.",
         json_schema_extra=also("clip_grad_norm", "grad_clip", "gradient_clip_val"),
     )
     precision: Precision = Field(

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tunekit import diffusion, seeding
+from tunekit import diffusion, forward, seeding
 from tunekit.errors import UserError
 from tunekit.guards import Fault, Guards, Seen
 from tunekit.guards import TrainingError as TrainingError
 from tunekit.objective import Goal
 from tunekit.optim import build_optimizer, build_schedule, load_state_tensors, state_tensors
 from tunekit.optim.average import Ema, Weights
+from tunekit.optim.fused import Stepping
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -146,9 +147,11 @@ class Loop:
         groups = adapter.parameter_groups()
         self.parameters = [p for group in groups for p in group.parameters]
         self.optimizer = build_optimizer(settings, groups)
-        self._stepper: Any = self.accelerator.prepare(self.optimizer)
+        self._fused = Stepping(self.optimizer) if settings.fused_backward else None
+        self._stepper: Any = self._fused or self.accelerator.prepare(self.optimizer)
         self._set_rates = build_schedule(settings, self.optimizer)
         self._encode = encode
+        self._predict = forward.arrange(family, settings)
         self._goal = Goal(settings.objective, family.schedule)
         trained = adapter.trained()
         self.ema = Ema(trained, settings.ema) if settings.ema is not None else None
@@ -256,6 +259,7 @@ class Loop:
                 # The mean over the whole step, whatever the sizes of its parts; the pictures of
                 # the class have a mean of their own, beside that of the subject.
                 part = each.sum() / one.total
+                self.whole = self._fused is None  # else steps are taken from here on
                 self.accelerator.backward(part)
             losses[one.batch.prior] += part.item()
             if not one.batch.prior:
@@ -322,7 +326,7 @@ class Loop:
             conditioning = self._encode(batch.captions) if self._encode else batch.conditioning
             if batch.sizes is not None:
                 conditioning = family.with_sizes(conditioning, batch.sizes)
-            prediction = family.predict(noisy, timesteps, conditioning)
+            prediction = self._predict(noisy, timesteps, conditioning)
         wanted = diffusion.target(goal.schedule, latents, noise, timesteps)
         mask = batch.mask.to(family.device) if batch.mask is not None else None
         losses = goal.losses(prediction, wanted, timesteps, mask)
@@ -335,13 +339,16 @@ class Loop:
     def _reproducible(self, step: int, one: _Pass) -> Iterator[None]:
         """Give layers that draw from torch's global stream (dropout) numbers of this step alone."""
         device = self.family.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        fused = self._fused.during() if self._fused else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), fused:
             purpose = f"{one.kind}layers/{one.micro}"
             torch.manual_seed(seeding.derive(self.settings.seed, purpose, step))
             yield
 
     def _clip(self) -> float:
         """Scale the gradient down where it is too long, and return the norm it had."""
+        if self._fused is not None:
+            return self._fused.norm()
         limit = self.settings.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         assert norm is not None

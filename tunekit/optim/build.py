@@ -102,6 +102,8 @@ def build_optimizer(train: Train, groups: Sequence[ParameterGroup]) -> Optimizer
             "train.optimizer: prodigy finds one rate for all that trains; it cannot keep different "
             f"ones ({rates}): give them the same, or choose adamw"
         )
+    if train.fused_backward:
+        return _each_alone(train, made, {id(p) for g in groups if g.rows for p in g.parameters})
     if train.optimizer == "muon":
         return _muon(train, made, {id(p) for g in groups if g.rows for p in g.parameters})
     return _make(train, train.optimizer, made, train.optimizer_args)
@@ -141,6 +143,20 @@ def _muon(train: Train, groups: list[dict[str, Any]], rows: set[int]) -> Optimiz
         )
     made = [_make(train, "muon", matrices, train.optimizer_args)]
     return Joined([*made, _make(train, "adamw", rest, {})] if rest else made)
+
+
+def _each_alone(train: Train, groups: list[dict[str, Any]], rows: set[int]) -> Optimizer:
+    """Return an optimizer for each parameter, joined, so that each can step by itself."""
+    from tunekit.optim.joined import Joined
+
+    made = []
+    for group in groups:
+        for parameter in group["params"]:
+            matrix = parameter.ndim == 2 and id(parameter) not in rows
+            name = "adamw" if train.optimizer == "muon" and not matrix else train.optimizer
+            args = train.optimizer_args if name == train.optimizer else {}
+            made.append(_make(train, name, [{**group, "params": [parameter]}], args))
+    return Joined(made)
 
 
 def _make(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunekit.optim.joined import Joined
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from tunekit.optim.joined import Joined
+    from torch.optim import Optimizer
 
 
 class Stepping:
@@ -20,10 +21,12 @@ class Stepping:
 
     So there is never more than one gradient in memory (Lv et al. 2023, "Full Parameter Fine-tuning
     for Large Language Models with Limited Resources"). The steps are those that would follow the
-    backward pass: no gradient hangs on a parameter whose own is whole.
+    backward pass: no gradient hangs on a parameter whose own is whole. `step` and `zero_grad`,
+    which a loop calls after it, have nothing left to do.
     """
 
-    def __init__(self, optimizer: Joined) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
+        assert isinstance(optimizer, Joined), type(optimizer)
         self._members = {}
         for member in optimizer.members:
             ((parameter,),) = (group["params"] for group in member.param_groups)
@@ -41,6 +44,14 @@ class Stepping:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def step(self) -> None:
+        """Do nothing: the steps are taken."""
+
+    def zero_grad(self) -> None:
+        """Drop what a backward pass that failed has left."""
+        for parameter in self._members:
+            parameter.grad = None
 
     def norm(self) -> float:
         """Return the norm of the whole gradient that was stepped by; not finite if a part is not.
