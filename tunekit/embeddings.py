@@ -2,7 +2,8 @@
 
 One word is one tensor [vectors, width] under the word's name (diffusers) or `emb_params`, or one
 tensor for each text encoder (`clip_l`, `clip_g`); the last two are called by the metadata, or else
-by the file's name. In a bundle they stand as `bundle_emb.WORD.string_to_param.*`, or `bundle_emb.WORD.clip_l`.
+by the file's name. In a bundle they stand as `bundle_emb.WORD.string_to_param.*`, or
+`bundle_emb.WORD.clip_l`.
 """
 
 from __future__ import annotations

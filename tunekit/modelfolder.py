@@ -182,7 +182,8 @@ class ModelFolder:
                 raise UserError(
                     f"base.model: there is no folder {base.model} here, it is not in the local Hub "
                     f"cache, and the Hugging Face Hub cannot be reached ({type(error).__name__}): "
-                    "check the network, or name a diffusers folder or `toybox`"
+                    f"get it with `hf download {base.model}` where there is a network, or name a "
+                    "diffusers folder or `toybox`"
                 ) from None
             return Path(found)
 
