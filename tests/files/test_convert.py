@@ -267,7 +267,7 @@ class TestStrength:
         assert {f.dtype for k, f in forms.items() if not k.endswith("alpha")} == {"float16"}
         same = convert(path, "kohya", base=base, out=tmp_path / "same.safetensors")
         assert TensorFile(same.path).forms == forms
-        assert same.there == 0
+        assert same.there < 1e-12
         wide = convert(
             path, "diffusers", base=base, out=tmp_path / "wide.safetensors"
         )  # alpha 3 of rank 4

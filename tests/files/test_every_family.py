@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunekit import families
 from tunekit.checkpoint import read_safetensors
+from tunekit.errors import UserError
 from tunekit.families import Family
 from tunekit.files import output, sources
 from tunekit.files.convert import convert
@@ -85,6 +86,23 @@ def test_blocks_by_the_libraries_names_under_kohyas_prefix(
     found, _ = read_safetensors(tmp_path / "three.safetensors")
     assert found.keys() == {key for key in known if key.startswith("lora_unet_")}
     assert all(known[key].equal(tensor) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_name_is_that_of_one_module_or_refused(name: str, tiny_folder: Folder) -> None:
+    names = Names(sources.outline(Base(model=str(tiny_folder(name)))))
+    several = len(names.folders) > 2
+    for component, module in names.modules:
+        place = (component, module)
+        for layout in ("kohya", "diffusers"):
+            assert names.find(names.written(layout, place)) == place
+        assert names.find(f"{names.folders[component]}.{module}") == place
+        if several and component != "denoiser" and ".layers.0." in module:
+            with pytest.raises(UserError, match="is a module of more than one part"):
+                names.find(names.wide(place))
+        else:
+            assert names.find(f"base_model.model.{module}") in (place, None) or several
+    assert names.find("lora_unet_nothing") is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -117,7 +117,7 @@ class AdapterFile:
     """
 
     def __init__(self, path: Path, names: Names) -> None:
-        self.path, self._names = path, names
+        self.path, self.names = path, names
         self.metadata = metadata_of(path)
         self._file = TensorFile(path)
         self.remarks: list[str] = []
@@ -136,7 +136,8 @@ class AdapterFile:
         self._scales = beside(path, self.metadata)
         self.places = self._bind()
         self.layout = "kohya" if all(map(is_kohya, self._keys)) else "diffusers"
-        bare = [name for name in self._keys if self._unsaid(name)]
+        ours = "tunekit.version" in self.metadata  # which multiplies it in, and says so
+        bare = [name for name in self._keys if self._unsaid(name) and not ours]
         if bare:
             self.remarks.append(
                 f"{path}: says no alpha for {len(bare)} modules: taken as their rank, as every "
@@ -165,7 +166,7 @@ class AdapterFile:
         places: dict[Place, str] = {}
         unknown = []
         for name in self._keys:
-            place = self._names.find(name)
+            place = self.names.find(name)
             if place is None:
                 unknown.append(name)
             elif place in places:
@@ -173,7 +174,7 @@ class AdapterFile:
             else:
                 places[place] = name
         if unknown:
-            raise UserError(f"{self.path}: {self._names.unknown(unknown)}")
+            raise UserError(f"{self.path}: {self.names.unknown(unknown)}")
         return places
 
     def kinds(self) -> dict[Place, frozenset[str]]:
@@ -210,7 +211,7 @@ class AdapterFile:
 
     def _check(self, place: Place, raw: Mapping[str, Tensor]) -> None:
         """Raise UserError where the factors are of no kind, or change what the base has not."""
-        name, module = self.places[place], self._names.modules[place]
+        name, module = self.places[place], self.names.modules[place]
         weight: Any = module.weight
         bias: Any = getattr(module, "bias", None)
         given = raw.get("diff_b")
@@ -218,7 +219,7 @@ class AdapterFile:
             there = list(bias.shape) if bias is not None else "none"
             raise UserError(
                 f"{self.path}: {name} changes a bias {list(given.shape)}, and that of "
-                f"{self._names.label} is {there}"
+                f"{self.names.label} is {there}"
             )
         held = {f: part.shape for f, part in raw.items() if f != "diff_b"}
         if held and set(held) - {"magnitude"} not in _WHOLE:
@@ -229,7 +230,7 @@ class AdapterFile:
         if wide is not None and wide != weight.numel():
             raise UserError(
                 f"{self.path}: {name} changes {wide} numbers, and the weight of "
-                f"{self._names.label} is {list(weight.shape)}: it is for another base"
+                f"{self.names.label} is {list(weight.shape)}: it is for another base"
             )
 
     def change(self, place: Place, parts: Parts, like: Tensor, strength: float = 1.0) -> Tensor:

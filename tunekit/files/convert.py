@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tunekit.errors import UserError
 from tunekit.files import output, sources
 from tunekit.files.adapter import AdapterFile, Parts, like, metadata_of, share
+from tunekit.files.cut import product_norm
 from tunekit.files.names import Names, Place
 
 if TYPE_CHECKING:
@@ -141,8 +142,10 @@ def _difference(one: AdapterFile, other: AdapterFile, place: Place) -> float:
     if {"oft_blocks"} <= ours.factors.keys() and ours.alpha != theirs.alpha:
         return math.inf
     bare = [_without(parts, alone) for parts in (ours, theirs)]
-    if bare[0].factors:
-        stand_in = like(one._names, place)
+    if all(parts.plain for parts in bare):
+        worst.append(_products_off(*(parts.pair(one.names.shape(place)) for parts in bare)))
+    elif bare[0].factors:
+        stand_in = like(one.names, place)
         worst.append(
             _off(*(f.change(place, p, stand_in) for f, p in zip((one, other), bare, strict=True)))
         )
@@ -152,6 +155,14 @@ def _difference(one: AdapterFile, other: AdapterFile, place: Place) -> float:
 def _without(parts: Parts, names: list[str]) -> Parts:
     left = {name: part for name, part in parts.factors.items() if name not in names}
     return Parts(left, parts.alpha, parts.kind)
+
+
+def _products_off(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """Return `_off` of two low-rank products, of which neither is ever made."""
+    import torch
+
+    up, down = torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]])
+    return share(product_norm(up, down), product_norm(*one))
 
 
 def _off(one: Tensor, other: Tensor) -> float:

@@ -89,6 +89,15 @@ def cut_factors(up: Tensor, down: Tensor, keep: Keep) -> Cut:
     return _cut(left @ inner, values, outer @ right.T, shape, keep)
 
 
+def product_norm(up: Tensor, down: Tensor) -> float:
+    """Return the Frobenius norm of up @ down (as in `Cut`), in double precision and little room."""
+    import torch
+
+    left = torch.linalg.qr(up.detach().double().flatten(1), mode="r").R
+    right = torch.linalg.qr(down.detach().double().flatten(1).T, mode="r").R
+    return float(torch.linalg.matrix_norm(left @ right.T))
+
+
 def _cut(up: Tensor, values: Tensor, down: Tensor, shape: tuple[int, ...], keep: Keep) -> Cut:
     import torch
 

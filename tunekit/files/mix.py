@@ -17,7 +17,7 @@ from tunekit import seeding
 from tunekit.errors import UserError, did_you_mean
 from tunekit.files import output, sources
 from tunekit.files.adapter import AdapterFile, Parts, metadata_of
-from tunekit.files.cut import Cut, Keep, cut_factors, cut_matrix
+from tunekit.files.cut import Cut, Keep, cut_factors, cut_matrix, product_norm
 from tunekit.files.names import Names, Place
 from tunekit.files.report import Report, Row
 from tunekit.progress import Reporter, Silent
@@ -172,7 +172,7 @@ class _Mixer:
             ups = [up * w for (up, _), (*_, w) in zip(pairs, held, strict=True)]
             up, down = torch.cat(ups, 1), torch.cat([down for _, down in pairs])
             if self.way.method == "concat":
-                return Cut(up, down, float(torch.linalg.matrix_norm(_core(up, down))), 0.0)
+                return Cut(up, down, product_norm(up, down), 0.0)
             return cut_factors(up, down, self.keep)
         if self.way.method == "concat" and len(shape) > 1:
             other = next((file, parts) for file, parts, _ in held if not parts.plain)
@@ -185,12 +185,3 @@ class _Mixer:
         ]
         joined = self.way.joined(changes, [w for *_, w in held], ".".join(place))
         return cut_matrix(joined, self.keep) if len(shape) > 1 else joined
-
-
-def _core(up: Tensor, down: Tensor) -> Tensor:
-    """Return a small matrix that has the norm of up @ down."""
-    import torch
-
-    left = torch.linalg.qr(up.double().flatten(1)).R
-    core: Tensor = left @ torch.linalg.qr(down.double().flatten(1).T).R.T
-    return core
