@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tunekit
 from tunekit import adapters, families, inference, seeding, tokens
 from tunekit.data import Cache, EncodedDataset, preflight
 from tunekit.export import export_adapter, needed
@@ -160,11 +161,8 @@ def test_it_trains_resumes_exports_and_draws(
     name: str, kind: str, tiny_folder: Folder, pictures: Path, tmp_path: Path
 ) -> None:
     folder = tiny_folder(name)
-    if kind == "tokens":  # without captions of their own, so that they are called by the word
-        (tmp_path / "train").mkdir()
-        for path in (pictures / "train").glob("*.png"):
-            shutil.copy(path, tmp_path / "train")
-        pictures = tmp_path
+    if kind == "tokens":
+        pictures = uncaptioned(pictures, tmp_path)
     recipe = told(folder, pictures, kind)
     whole = Teaching(recipe, tmp_path / "cache")
     whole.teach(end=2)
@@ -176,8 +174,8 @@ def test_it_trains_resumes_exports_and_draws(
     resumed.loop.load_state(state)
     again = resumed.teach(start=2)
     assert [r.loss for r in again] == [r.loss for r in records]
-    ours, theirs = whole.adapter.state(), resumed.adapter.state()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, others = whole.adapter.state(), resumed.adapter.state()
+    assert all(torch.equal(ours[key], others[key]) for key in ours)
 
     drawn = whole.draw()
     # Verified: every tensor taken up, weights changed and predictions made as in training.
@@ -189,10 +187,64 @@ def test_it_trains_resumes_exports_and_draws(
     # What was drawn in training is what plain diffusers draws, where it reads the kind.
     for file in files if kind != "tokens" else files[:1]:
         if file.diffusers:
-            prompt = f"a {WORD} robot" if kind == "tokens" else PROMPT
-            assert same(by_diffusers(folder, [file.path], prompt), drawn), file.layout
+            theirs = by_diffusers(folder, [file.path], recipe_prompt(kind))
+            assert same(theirs, drawn), file.layout
     if kind in ("lora", "tokens"):
         assert any(file.diffusers for file in files)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in FAMILIES for k in ("lora", "tokens")])
+def test_the_code_in_the_model_card_draws_it(
+    name: str, kind: str, tiny_folder: Folder, pictures: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = tiny_folder(name)
+    if kind == "tokens":
+        pictures = uncaptioned(pictures, tmp_path)
+    recipe = told(folder, pictures, kind, steps=2)
+    evaluate = recipe.evaluate.model_copy(update={"steps": 2, "guidance_scale": 3.0})
+    recipe = recipe.model_copy(update={"evaluate": evaluate})
+    teaching = Teaching(recipe, tmp_path / "cache")
+    teaching.teach()
+    files = export_adapter(teaching.family, teaching.adapter, recipe, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / "export")
+    held: dict[str, Any] = {}
+    exec(code.replace(f"path/to/{folder.name}", str(folder)), held)
+    painter = inference.load(recipe.base, needed(files))
+    settings = DrawSettings(steps=2, guidance_scale=3.0)
+    drawn = painter.draw(recipe_prompt(kind), 1, settings)
+    assert same(np.asarray(held["picture"], dtype=np.int64), np.asarray(drawn, dtype=np.int64))
+
+
+def recipe_prompt(kind: str) -> str:
+    return f"a {WORD} robot" if kind == "tokens" else PROMPT
+
+
+def uncaptioned(pictures: Path, folder: Path) -> Path:
+    """Copy pictures without captions of their own, so that they are called by the word."""
+    (folder / "train").mkdir()
+    for path in (pictures / "train").glob("*.png"):
+        shutil.copy(path, folder / "train")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "deep"), [("sd", {}), ("sdxl", {"layers": 3})])
+def test_clip_skip_goes_from_the_recipe_into_every_picture(
+    name: str, deep: dict[str, int], tiny_folder: Folder, pictures: Path, tmp_path: Path
+) -> None:
+    folder = tiny_folder(name, **deep)
+    recipe = told(folder, pictures, "lora", steps=2)
+    base = recipe.base.model_copy(update={"clip_skip": 1})
+    recipe = recipe.model_copy(update={"base": base})
+    teaching = Teaching(recipe, tmp_path / "cache")
+    teaching.teach()
+    drawn = teaching.draw()
+    files = export_adapter(teaching.family, teaching.adapter, recipe, tmp_path / "export")
+    again = tunekit.load(str(folder), files[0].path)  # the file says it, whoever names the base
+    assert again.family.clip_skip == 1  # type: ignore[attr-defined]
+    assert same(picture(again), drawn)
+    assert not same(picture(inference.load(str(folder), files[0].path)), drawn)
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
