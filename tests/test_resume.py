@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,9 +105,14 @@ def test_killed_between_steps_and_resumed(
     for number, tick in enumerate(ticks):
         with pytest.raises(Killed):
             tunekit.train(recipe(tree), out=out, reporter=KillAt(tick), resume=number > 0)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock = {"pid": dead.pid, "host": socket.gethostname(), "since": "2026-01-02T03:04:05+00:00"}
+    (out / ".lock").write_text(json.dumps(lock))  # as SIGKILL leaves it
     told = Told()
     finished = tunekit.train(recipe(tree), out=out, reporter=told, resume=True)
     assert any("went on from step-" in note for note in told.notes)
+    assert any(f"the run before (process {dead.pid} on " in note for note in told.notes)
     assert_same(whole.folder, out)
     assert finished.scores["scores"] == whole.scores["scores"]
 

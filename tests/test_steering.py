@@ -169,6 +169,8 @@ class TestBest:
         [note] = [note for note in told.notes if "the files are those of step" in note]
         assert f"step {best}: of all samples its are most like the held-out pictures" in note
         assert f"the files are those of step {best}" in run.report.read_text()
+        card = (run.folder / "export" / "README.md").read_text()
+        assert f"| made after step | {best} of 5: its samples were the most alike |" in card
 
     def test_it_is_chosen_the_same_after_a_stop(
         self, overdone: tuple[Run, Told], tmp_path: Path

@@ -223,6 +223,8 @@ class _Session:
         evaluation.scores["run"] = outcome.facts(step, log.lines)
         if files:
             told = for_card(evaluation.scores)
+            if step != (steps := self.recipe.train.steps):
+                told["made after step"] = f"{step} of {steps}: its samples were the most alike"
             write_card(self.recipe, files, self.prepared.resolution, told)
         self.writer.write_json(SCORES, evaluation.scores)
         page = outcome.report(evaluation, self.samples.timelines, log.lines)
