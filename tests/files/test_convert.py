@@ -21,7 +21,9 @@ from tunekit.errors import UserError
 from tunekit.factors import _SPELLINGS
 from tunekit.files.adapter import AdapterFile
 from tunekit.files.convert import convert
+from tunekit.files.cut import Keep
 from tunekit.files.names import Names
+from tunekit.files.resize import resize
 from tunekit.files.sources import outline
 from tunekit.files.stream import TensorFile
 from tunekit.schema import Base
@@ -230,17 +232,28 @@ class TestDora:
         assert far(wanted, changes(made.path, tiny_folder())) < 2e-6
         assert far(wanted, changes(path, tiny_folder())) < 2e-6, "drawn with as it is"
 
-    def test_a_magnitude_of_inputs_has_no_place_there(
+    def test_a_magnitude_of_inputs_becomes_a_plain_lora(
         self, tiny_folder: Folder, tmp_path: Path
     ) -> None:
-        tensors, _, _ = Trainer(tiny_folder()).sd_scripts()
-        down = next(key for key in tensors if key.endswith("to_q.lora_down.weight"))
-        key = down.replace("lora_down.weight", "dora_scale")
-        path = write(
-            tmp_path / "it.safetensors", tensors | {key: torch.ones(1, tensors[down].shape[1])}
-        )
+        """As OneTrainer and older LyCORIS have it: a length for each input, which no PEFT has."""
+        base, trainer = str(tiny_folder()), Trainer(tiny_folder())
+        tensors, low, _ = trainer.sd_scripts()
+        family = families.load(Base(model=base))
+        wanted = {}
+        for (component, name), shape in trainer.shapes.items():
+            weight = family.component(component).get_submodule(name).weight.detach().double()
+            scale = 0.1 + random(1, shape[1], *[1] * (len(shape) - 2), seed=9).abs()
+            tensors[f"{kohya(component, name)}.dora_scale"] = scale
+            whole = weight + low[f"{component}.{name}"]
+            length = whole.transpose(0, 1).flatten(1).norm(dim=1).reshape(scale.shape)
+            wanted[f"{component}.{name}"] = whole / length * scale - weight
+        path = write(tmp_path / "it.safetensors", tensors)
         with pytest.raises(UserError, match=r"magnitude for each input.*tunekit resize --base"):
-            convert(path, "diffusers", base=str(tiny_folder()))
+            convert(path, "diffusers", base=base)
+        plain = resize(
+            path, tmp_path / "plain.safetensors", Keep(energy=1.0), base=base, dtype="fp32"
+        )
+        assert far(wanted, changes(plain.path, tiny_folder())) < 1e-5
 
 
 class TestStrength:
