@@ -6,11 +6,13 @@ import contextlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from tunekit import adapters, families, identity, packed, quantize, verification
 from tunekit.checkpoint import write_safetensors
 from tunekit.data.dataset import Batch
 from tunekit.errors import UserError
+from tunekit.evaluation.measure import picture_name
 from tunekit.families.base import Family
 from tunekit.generate import Request, generate
 from tunekit.progress import Silent, Ticker
@@ -352,6 +355,26 @@ class TestRun:
             for f in (run.folder, out)
         ]
         assert lines[0] == lines[1]
+
+    def test_a_sample_is_drawn_again_to_the_pixel_on_the_same_few_bits(
+        self, run: Any, tmp_path: Path
+    ) -> None:
+        prompt = "a zorp robot, red"
+        asked = Request(
+            run=run.folder,
+            checkpoint="step-000004",
+            quantize="nf4",
+            prompts=(prompt,),
+            seed=1,
+            count=1,
+        )
+        made = generate(asked, tmp_path / "out").pictures[0]
+        sample = run.folder / "samples" / picture_name("step-000004", prompt, 1)
+        assert Image.open(made).tobytes() == Image.open(sample).tobytes()
+        full = generate(replace(asked, quantize=None), tmp_path / "full").pictures[0]
+        assert Image.open(made).tobytes() != Image.open(full).tobytes()
+        with pytest.raises(UserError, match='not "nf8"'):
+            generate(replace(asked, quantize="nf8"), tmp_path / "none")
 
     def test_pictures_are_drawn_on_the_full_base(self, run: Any, tmp_path: Path) -> None:
         painter = tunekit.load(run.folder)

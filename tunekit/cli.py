@@ -200,6 +200,10 @@ def generate(
         str | None,
         typer.Option(help="toybox, a folder or a Hub id.", show_default="the run's or file's"),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Hold the base in few bits, such as nf4.", show_default="the full base"),
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="The first picture's seed; the next count up.")
@@ -238,6 +242,7 @@ def generate(
         checkpoint=checkpoint,
         adapters=[parse_adapter(text) for text in adapter or ()],
         base=base,
+        quantize=quantize,
         prompts=prompt or (),
         negative_prompt=negative,
         seed=seed,

@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
 from tunekit import hub, inference
 from tunekit.checkpoint import read_safetensors
 from tunekit.data.captions import fill
-from tunekit.errors import UserError
+from tunekit.errors import UserError, did_you_mean
 from tunekit.inference import (
     AdapterSource,
     Drawn,
@@ -26,7 +26,7 @@ from tunekit.inference import (
 )
 from tunekit.pictures import grid, save_png
 from tunekit.runfolder import RECIPE, RunFolder
-from tunekit.schema import BUNDLED, Base, Data, Evaluate
+from tunekit.schema import BUNDLED, Base, Data, Evaluate, Quantized
 
 if TYPE_CHECKING:
     import torch
@@ -41,15 +41,17 @@ class Request:
 
     run: a run folder; checkpoint: the name of one of its checkpoints, instead of its exported file.
     adapters: adapter files or checkpoint folders, as paths or (path, weight). base: needed where
-    neither run nor files say it. prompts: ``{trigger}`` and ``{class}`` are filled in where a
-    recipe is known, and ``{{`` is a brace there. seed: of the first picture of each prompt; count:
-    pictures per prompt, each with the next seed. The others are those of `inference.DrawSettings`.
+    neither run nor files say it. quantize: as the recipe's base.quantize; None: the full base.
+    prompts: ``{trigger}`` and ``{class}`` are filled in where a recipe is known, and ``{{`` is a
+    brace there. seed: of the first picture of each prompt; count: pictures per prompt, each with
+    the next seed. The others are those of `inference.DrawSettings`.
     """
 
     run: Path | None = None
     checkpoint: str | None = None
     adapters: Sequence[AdapterSource] = ()
     base: str | None = None
+    quantize: str | None = None
     prompts: Sequence[str] = ()
     negative_prompt: str | None = None
     seed: int | None = None
@@ -138,7 +140,7 @@ def generate(
     written before everything has been loaded.
     """
     known, adapters = _resolve(request)
-    base = _base(known)
+    base = _narrowed(_base(known), request.quantize)
     prompts = [_filled(prompt, known.data) for prompt in request.prompts or _prompts(known)]
     seeds = _seeds(request, known.evaluate)
     settings = _settings(request, known)
@@ -213,6 +215,17 @@ def _of_run(run: RunFolder) -> _Known:
     recipe = run.recipe
     base = _full(recipe.base)
     return _Known(base, recipe.data, recipe.evaluate, recipe.name, base.clip_skip)
+
+
+def _narrowed(base: Base, kind: str | None) -> Base:
+    """Return the base held in few bits, where that is asked for."""
+    if kind is None:
+        return base
+    if kind not in (kinds := get_args(Quantized)):
+        raise UserError(
+            f'quantize: must be {" or ".join(kinds)}, not "{kind}"{did_you_mean(kind, kinds)}'
+        )
+    return base.model_copy(update={"quantize": kind})
 
 
 def _full(base: Base) -> Base:
