@@ -272,6 +272,18 @@ class TestStrength:
         assert said["modelspec.architecture"].startswith("stable-diffusion"), "completed"
         assert said["tunekit.made_by"].startswith("converted from kohya to diffusers (tunekit ")
 
+    def test_an_alpha_of_nothing_stays_nothing(self, tiny_folder: Folder, tmp_path: Path) -> None:
+        tensors, wanted, _ = Trainer(tiny_folder()).sd_scripts()
+        still = next(key for key in tensors if key.endswith("conv1.alpha"))
+        for number, off in enumerate(([still], [k for k in tensors if k.endswith(".alpha")])):
+            zeros = {key: torch.tensor(0.0) for key in off}
+            path = write(tmp_path / f"{number}.safetensors", tensors | zeros)
+            for layout in ("kohya", "diffusers"):
+                found = changes(convert(path, layout, base=str(tiny_folder())).path, tiny_folder())
+                silent = {name for name, change in found.items() if not bool(change.any())}
+                every = set(wanted)
+                assert silent == (every if number else {"denoiser.mid_block.resnets.0.conv1"})
+
     def test_half_precision_is_kept_where_it_holds_and_widened_where_not(
         self, exported: Any, tiny_folder: Folder, tmp_path: Path
     ) -> None:
@@ -314,6 +326,15 @@ class TestRefused:
         said = self.refused(path, "2 names are no modules of", tiny_folder())
         assert "lora_unet_midblock_resnets_0_conv1" in said
         assert 'did you mean "lora_unet_mid_block_' in said
+
+    def test_a_state_of_a_run_whose_alpha_stands_elsewhere(
+        self, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        key = "denoiser.mid_block.resnets.0.conv1"
+        down, up = low_rank((32, 32, 3, 3), 0)
+        tensors = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+        path = write(tmp_path / "adapter.safetensors", tensors)
+        self.refused(path, "is of a checkpoint, whose strength", tiny_folder())
 
     @pytest.mark.parametrize(
         ("change", "said"),

@@ -97,11 +97,11 @@ def test_a_name_is_that_of_one_module_or_refused(name: str, tiny_folder: Folder)
         for layout in ("kohya", "diffusers"):
             assert names.find(names.written(layout, place)) == place
         assert names.find(f"{names.folders[component]}.{module}") == place
-        if several and component != "denoiser" and ".layers.0." in module:
+        if component == "denoiser":
+            assert names.find(f"base_model.model.{module}") == place
+        elif several and ".layers.0." in module:
             with pytest.raises(UserError, match="is a module of more than one part"):
                 names.find(names.wide(place))
-        else:
-            assert names.find(f"base_model.model.{module}") in (place, None) or several
     assert names.find("lora_unet_nothing") is None
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PEFT_CONFIG = "adapter_config.json"
+_CHECKPOINT = "denoiser."  # what only a run's own states say
 _RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # their first size is the rank
 _OF_WEIGHT = ("oft_blocks", "magnitude")
 _TUCKER = ("hada_t1", "hada_t2", "lokr_t2")
@@ -173,6 +174,11 @@ class AdapterFile:
                 raise UserError(f"{self.path}: {name} and {places[place]} are one module")
             else:
                 places[place] = name
+        if unknown and unknown[0].startswith(_CHECKPOINT):
+            raise UserError(
+                f"{self.path}: is of a checkpoint, whose strength stands in the run's recipe: take "
+                "the file in the run's export folder"
+            )
         if unknown:
             raise UserError(f"{self.path}: {self.names.unknown(unknown)}")
         return places

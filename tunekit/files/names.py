@@ -76,14 +76,14 @@ class Names:
         return self.written("diffusers", place).partition(".")[2]
 
     def _aliases(self, place: Place) -> Iterator[str]:
-        """Yield the other names: of checkpoints, PEFT, LyCORIS, other releases of the libraries."""
+        """Yield the other names: of PEFT, LyCORIS, other releases of the libraries."""
         component, name = place
         folder = self.folders[component]
         if kohya := self._written("kohya", place):
             yield kohya.replace("_text_model_", "_", 1)
         for bare in dict.fromkeys((name, self.wide(place))):
             under = bare.replace(".", "_")
-            yield from (bare, f"{component}.{bare}", f"{folder}.{bare}", f"lycoris_{under}")
+            yield from (bare, f"{folder}.{bare}", f"lycoris_{under}")
             yield f"lora_{folder}_{under}"
             if component == "denoiser":
                 yield from (f"lora_unet_{under}", f"lora_transformer_{under}")

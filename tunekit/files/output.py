@@ -142,7 +142,7 @@ class Output:
         diffusers 0.42 reads one alpha of a file for its attention modules, whatever each says.
         """
         ranked = [held for held in self._held if self._rank(held)]
-        alphas = Counter(held.alpha for held in ranked if held.alpha is not None)
+        alphas = Counter(held.alpha for held in ranked if held.alpha)  # 0: changes nothing
         ranks = Counter(float(self._rank(held)) for held in ranked)
         return (alphas or ranks or Counter([1.0])).most_common(1)[0][0]
 
