@@ -217,14 +217,15 @@ class TestRefused:
         with pytest.raises(UserError, match=r"1000000/meta\.json.*; none before it is whole$"):
             find(tmp_path, None, recipe, False, finished=False)
 
-    def test_a_checkpoint_without_the_optimizer(
-        self, tree: Callable[..., Tree], stopped: Path
+    @pytest.mark.parametrize("state", ["optimizer", "guards"])
+    def test_a_checkpoint_without_all_of_its_state(
+        self, tree: Callable[..., Tree], stopped: Path, state: str
     ) -> None:
         folder = stopped / "checkpoints" / "step-000004"
         manifest = json.loads((folder / "manifest.json").read_text())
-        path = folder / "optimizer.safetensors"
+        path = folder / f"{state}.safetensors"
         whole, kept = path.read_bytes(), (folder / "manifest.json").read_text()
-        del manifest["files"]["optimizer.safetensors"]
+        del manifest["files"][path.name]
         (folder / "manifest.json").write_text(json.dumps(manifest))
         path.unlink()
         try:
@@ -232,7 +233,22 @@ class TestRefused:
         finally:
             path.write_bytes(whole)
             (folder / "manifest.json").write_text(kept)
-        assert "optimizer" in line
+        assert f"has no {state} state" in line
+
+    def test_what_was_saved_and_is_gone_does_not_begin_anew(
+        self, tree: Callable[..., Tree], tmp_path: Path
+    ) -> None:
+        from tunekit.resume import find
+
+        resolved = recipe_from(tree(train={"optimizer": "schedulefree_adamw"}))
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(resolved))
+        tensors = {name: {"a": torch.ones(1)} for name in ("adapter", "optimizer", "guards")}
+        for sets in (["adapter", "guards", "optimizer", "trained"], "trained", [1]):
+            meta = {"step": 2, "sets": sets}
+            checkpoint.save(tmp_path / "checkpoints" / "step-000002", tensors, meta)
+            says = "has no trained state" if len(sets) == 4 else "does not say what was saved"
+            with pytest.raises(UserError, match=says):
+                find(tmp_path, None, resolved, False, finished=False)
 
     def test_where_nothing_was_saved(self, tree: Callable[..., Tree], tmp_path: Path) -> None:
         with pytest.raises(UserError, match="there is no such run folder"):

@@ -157,7 +157,7 @@ class Guards:
         """Take up what `state_tensors` returned. Raises UserError where it is none of that."""
         own = self.state_tensors()
         if own.keys() != state.keys() or state["counts"].shape != own["counts"].shape:
-            raise UserError("the saved state of the guards is not one that this version keeps")
+            raise UserError("the saved state of the guards is missing, or not what is kept now")
         self.spikes.load_state({name: values.tolist() for name, values in state.items()})
         skips, spiking, moved = state["counts"].tolist()
         self.skips, self._spiking, self.pulse.moved = skips, bool(spiking), bool(moved)

@@ -25,7 +25,7 @@ FREE = frozenset(
 # What the saved tensors belong to: another value makes them meaningless.
 FIXED = ("base", "adapter", "tokens", "train.optimizer")
 # Without these a run would go on, and be another one.
-NEEDED = frozenset({"adapter", "optimizer"})
+NEEDED = frozenset({"adapter", "optimizer", "guards"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def find(
         whole = _whole_before(folder)
         offer = f"; the one before is --resume {whole}" if whole else "; none before it is whole"
         raise UserError(f"{error}{offer}") from None
-    needed = set(NEEDED)
+    sets = saved.meta.get("sets", [])  # what was saved, told apart from the files
+    if not (isinstance(sets, list) and all(isinstance(name, str) for name in sets)):
+        raise UserError(f"{folder}: does not say what was saved in it")
+    needed = NEEDED.union(sets)
     if former.recipe.train.ema is not None:  # without these an average would begin anew, unsaid
         needed |= {"ema", "trained"} if former.recipe.train.ema_export else {"ema"}
     if missing := sorted(needed - saved.tensors.keys()):

@@ -142,7 +142,8 @@ class Course:
         return self.writer.path / CHECKPOINTS / f"step-{step:06d}"
 
     def _save(self, step: int, loop: Loop, log: Log) -> None:
-        checkpoint.save(self._folder(step), loop.state(), {"step": step})
+        state = loop.state()
+        checkpoint.save(self._folder(step), state, {"step": step, "sets": sorted(state)})
         self.keeper.at(step)
         self._prune(log)
 

@@ -192,8 +192,7 @@ class Loop:
         self._weights.load_state_tensors(state.get("trained", self.adapter.state()))
         if self.ema is not None:
             self.ema.load_state_tensors(state.get("ema", self.adapter.state()))
-        if "guards" in state:
-            self.guards.load_state_tensors(state["guards"])
+        self.guards.load_state_tensors(state.get("guards", {}))
         if self.accelerator.scaler is not None and "scaler" in state:
             scale = self.accelerator.scaler.state_dict()
             saved = {name: value.item() for name, value in state["scaler"].items()}

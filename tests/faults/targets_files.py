@@ -199,7 +199,7 @@ def _run(folder: Path) -> Path:
 
     run = folder / "run"
     for step in (2, 4):
-        groups = {name: {"a": torch.ones(3)} for name in ("adapter", "optimizer")}
+        groups = {name: {"a": torch.ones(3)} for name in ("adapter", "guards", "optimizer")}
         checkpoint.save(run / "checkpoints" / f"step-{step:06d}", groups, {"step": step})
     (folder / "pictures").mkdir()
     plain = {**VALID, "data": {**VALID["data"], "source": str(folder / "pictures")}}
