@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunekit import hub, singlefile
 from tunekit.errors import UserError, did_you_mean
-from tunekit.safefile import check_header
+from tunekit.safefile import check_header, check_sizes
 from tunekit.schema import BUNDLED
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ class ModelFolder:
             for name in model_index
             if name.isidentifier() and (path / name / "config.json").is_file()
         }
+        for name, config in configs.items():
+            check_sizes(path / name / "config.json", config)
         return cls(path, label, model_index, configs, fetch)
 
     @classmethod
@@ -265,6 +267,7 @@ def loading(what: str) -> Iterator[None]:
     A broken file shows itself as almost any error, from the JSON parser to the shape of a tensor.
     Around calls of libraries only: an error of our own must stay one.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -283,6 +286,7 @@ def loading(what: str) -> Iterator[None]:
         TypeError,
         ValueError,
         SafetensorError,
+        StrictDataclassError,
     ) as error:
         # KeyError and IndexError say next to nothing without their names.
         bare = isinstance(error, LookupError) or not str(error).strip()

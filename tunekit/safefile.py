@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tunekit.errors import UserError
 
+# Ten times what the largest models have, by a word in the setting's name.
+_MOST = {"layers": 1000, "channels": 40_000, "hidden_size": 200_000, "intermediate": 1_000_000}
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
 
 
@@ -57,6 +61,19 @@ def tensor_names(path: Path) -> list[str]:
     if missing > 0:
         raise UserError(f"{path}: is cut short: {missing} bytes are missing; download it again")
     return sorted(header)
+
+
+def check_sizes(path: Path, description: Mapping[str, Any]) -> None:
+    """Raise UserError where a model's description asks for what no model has.
+
+    Libraries build what is described before they look for its weights: a hundred thousand layers
+    would keep them busy for hours.
+    """
+    for key, value in description.items():
+        most = next((most for word, most in _MOST.items() if word in key), None)
+        for number in value if isinstance(value, list) else [value]:
+            if most is not None and isinstance(number, int) and number > most:
+                raise UserError(f"{path}: {key} is {number:.3g}; no model has more than {most:,}")
 
 
 def check_folder(folder: Path) -> None:

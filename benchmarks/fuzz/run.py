@@ -7,7 +7,7 @@ one. Readers that load a model or a run for each input get a tenth of the inputs
 process of its own. What counts as a fault: any exception but the one-line refusal, a process that
 dies, more than 5 seconds of processor time (20 of waiting), more than 1.5 GB of memory, a file
 written outside of the input's folder, a socket, a subprocess, an unpickled class. Writes
-benchmarks/results/fuzz.json; exits with 1 where there is a fault.
+benchmarks/results/fuzz.json, with --only these rows of it; exits with 1 where there is a fault.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def main() -> int:
         if unknown := set(options.only) - named.keys():
             parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(named)}")
         rows: dict[str, dict[str, Any]] = {}
+        if options.only and options.result.exists():  # the others' rows stay
+            rows |= json.loads(options.result.read_text())["readers"]
         table = {
             "seed": options.seed,
             "limits": {"processor_s": PROCESSOR, "wait_s": WAIT, "memory_bytes": MEMORY},

@@ -261,25 +261,26 @@ def _read_run(run: Path) -> object:
     return point
 
 
-def _descriptions(folder: Path) -> dict[str, Any]:
+def _descriptions(folder: Path) -> tuple[Path, dict[str, Any]]:
     whole = _base(folder)
     found = {str(path.relative_to(whole)): path for path in sorted(whole.rglob("*.json"))}
-    return {
-        name: json.loads(path.read_text())
-        for name, path in found.items()
-        if not name.startswith("tokenizer")
-    }
+    return whole, {name: json.loads(path.read_text()) for name, path in found.items()}
 
 
-def _strike_base(rng: Random, descriptions: Mapping[str, Any], where: Path) -> Path:
+def _strike_base(rng: Random, good: tuple[Path, Mapping[str, Any]], where: Path) -> Path:
+    whole, descriptions = good
     base, struck = where / "base", rng.choice([*descriptions, "model_index.json"])
     for name, tree in descriptions.items():
         path = base / name
         path.parent.mkdir(parents=True, exist_ok=True)
         text = some_json(rng, tree) if name == struck else json.dumps(tree)
         path.write_bytes(some_bytes(rng, encoded(text)) if rng.random() < 0.1 else encoded(text))
-    for name in ("unet", "vae", "text_encoder"):
-        (base / name / "diffusion_pytorch_model.safetensors").write_bytes(adapter(rng))
+    for weights in whole.rglob("*.safetensors"):
+        path = base / weights.relative_to(whole)
+        if rng.random() < 0.8:
+            path.symlink_to(weights)
+        else:
+            path.write_bytes(adapter(rng))
     if rng.random() < 0.2:
         (base / rng.choice(("unet/model.bin", "x.py", "vae/diffusion_pytorch_model.bin"))).touch()
     return base

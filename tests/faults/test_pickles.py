@@ -221,6 +221,33 @@ def test_what_a_file_may_not_ask_of_peft(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "layers_per_block", 100_000),
+        ("vae", "block_out_channels", [10**7, 16, 16]),
+        ("text_encoder", "num_hidden_layers", 2**31),
+    ],
+)
+def test_a_description_of_what_no_model_has(
+    typed: Typed,
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+    part: str,
+    key: str,
+    value: object,
+) -> None:
+    """Beyond the table: libraries would build it all before they look for its weights."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder(), base)
+    path = base / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (line,) = typed(
+        "generate", "--base", base, "--prompt", "x", "--out", tmp_path / "out"
+    ).refusal()
+    assert line.startswith(f"{path}: {key} is ")
+
+
 def test_a_file_cannot_say_whose_code_is_trusted(tmp_path: Path) -> None:
     """Beyond the table: the recipe in an adapter is read for its base and words alone."""
     from tunekit import generate

@@ -37,6 +37,8 @@ def tokenizer(folder: ModelFolder, encoder: str, kind: str) -> Any:
         raise UserError(f"{path}: cannot be loaded: {line[:300]}") from error
     # Some tokenizers do not say how much the encoder reads.
     places = folder.configs.get(encoder, {}).get("max_position_embeddings", _PLACES)
+    if not all(isinstance(number, int | float) for number in (places, made.model_max_length)):
+        raise UserError(f"{path}: how much {encoder} reads is no number: {places!r:.60}")
     made.model_max_length = min(made.model_max_length, places)
     return made
 
