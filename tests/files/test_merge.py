@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tunekit import families
 from tunekit.checkpoint import read_safetensors
 from tunekit.errors import UserError
 from tunekit.families import Family
+from tunekit.files.convert import convert
 from tunekit.files.cut import Keep
 from tunekit.files.extract import extract
 from tunekit.files.folder import merge
@@ -235,3 +237,28 @@ class TestRefused:
         )
         given = [(exported("LoRA"), 1.0)]
         self.refused("is a pickle", given, tmp_path / "m", base=str(tmp_path / "base"))
+
+    def test_a_base_that_is_cut_short(
+        self, exported: Any, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        import shutil
+
+        shutil.copytree(tiny_folder(), tmp_path / "base")
+        weights = tmp_path / "base/text_encoder/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-5])
+        given = [(exported("LoRA"), 1.0)]
+        self.refused("is damaged", given, tmp_path / "m", base=str(tmp_path / "base"))
+
+    def test_a_full_disk_leaves_nothing(
+        self, exported: Any, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        given, base = [(exported("LoRA"), 1.0)], str(tiny_folder())
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # bytes a file
+        try:
+            self.refused(r"cannot be written: File too large", given, tmp_path / "m", base=base)
+            with pytest.raises(UserError, match="cannot be written: File too large"):
+                convert(given[0][0], "diffusers", out=tmp_path / "c.safetensors", base=base)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not list(tmp_path.iterdir())

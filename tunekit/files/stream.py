@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -194,4 +195,5 @@ class Spool:
 
     def close(self) -> None:
         """Give the disk's room back."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # it flushes what a full disk refused before
+            self._file.close()
