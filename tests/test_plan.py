@@ -147,6 +147,19 @@ def test_the_optimizers_state_is_as_large_as_it_is_said(name: str) -> None:
     assert sum(state_bytes(train, groups)) == sum(held.values())
 
 
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_the_base_is_as_large_as_it_is_said(kind: str | None, tree: Tree) -> None:
+    from tunekit import families
+    from tunekit.quantize import bytes_held
+
+    made = recipe_from(tree(base={"quantize": kind}))
+    told = Outline.of(made).base
+    real = families.load(made.base).components()
+    assert {n: sum(kinds.values()) for n, kinds in told.items()} == {
+        name: bytes_held(module) for name, module in real.items()
+    }
+
+
 def test_activations_are_those_of_a_real_pass(tree: Tree, load_tiny: Load) -> None:
     """What is saved for the backward pass, against torch's own hooks around a real one."""
     import torch
@@ -187,6 +200,7 @@ def test_activations_are_those_of_a_real_pass(tree: Tree, load_tiny: Load) -> No
     [
         ({"train": {"batch_size": 1}}, "saved for backward"),
         ({"train": {"precision": "bf16"}}, "saved for backward"),
+        ({"train": {"gradient_checkpointing": True}}, "saved for backward"),
         ({"train": {"optimizer": "adafactor"}}, "optimizer state"),
         ({"adapter": {"rank": 1}}, "what trains"),
         ({"train": {"ema": None}}, "average of the weights"),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tunekit.recipe import Recipe
-    from tunekit.schema import Section
 
 _HALF = ("bf16", "fp16")
 _NARROW = {
@@ -59,7 +58,7 @@ def lower_memory(recipe: Recipe, resolution: int | None = None) -> list[Advice]:
 def _free(recipe: Recipe) -> Iterator[Advice]:
     """Yield what leaves the result as it is, and costs time alone."""
     train = recipe.train
-    if train.batch_size > 1 and not getattr(train, "fused_backward", False):
+    if train.batch_size > 1 and not train.fused_backward:
         size = next(n for n in range(train.batch_size // 2, 0, -1) if train.batch_size % n == 0)
         passes = train.gradient_accumulation * (train.batch_size // size)
         yield Advice(
@@ -68,7 +67,7 @@ def _free(recipe: Recipe) -> Iterator[Advice]:
             "the same steps in smaller parts; slower on a GPU, hardly on a processor",
             free=True,
         )
-    if _off(train, "gradient_checkpointing"):
+    if not train.gradient_checkpointing:
         yield Advice(
             ("train.gradient_checkpointing=true",),
             "activations",
@@ -152,16 +151,11 @@ def _can_fuse(recipe: Recipe) -> bool:
     return (
         recipe.adapter is not None
         and recipe.adapter.trains_weights
-        and _off(train, "fused_backward")
+        and not train.fused_backward
         and train.optimizer not in ("prodigy", "schedulefree_adamw")
         and train.gradient_accumulation == 1
         and recipe.data.prior is None
         and train.precision != "fp16"
-        and getattr(train, "on_nonfinite", "stop") == "stop"
-        and getattr(train, "on_spike", "warn") == "warn"
+        and train.on_nonfinite == "stop"
+        and train.on_spike == "warn"
     )
-
-
-def _off(section: Section, key: str) -> bool:
-    """Say whether a key is there and not set."""
-    return key in type(section).model_fields and not getattr(section, key)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunekit.plan import walk as way
 from tunekit.plan.heap import Heap
@@ -107,7 +107,7 @@ class _Base:
         copied = self.recipe.adapter is not None and self.recipe.adapter.trains_weights
         trained = self.encoders if self.recipe.trains_text_encoder() else []
         ready = [*self.encoders, *self.others]
-        times, all_of = 1, [self.denoiser]
+        all_of = [self.denoiser]
         if phase.name == way.PREPARING:
             all_of = [*ready, *([self.denoiser] if copied else [])]
         elif phase.name == way.FIRST:
@@ -118,12 +118,10 @@ class _Base:
             found = {n: 2 * self.sizes[n] for n in (self.denoiser, *self.encoders)}
             found |= {n: phase.read.get(n, 0) for n in self.others}
             return self._named(found)
-        elif phase.name == way.EVALUATING:
-            times, all_of = 2, [self.denoiser]
-        found = {name: times * self.sizes[name] for name in all_of}
+        found = {name: self.sizes[name] for name in all_of}
         for name, size in phase.read.items():
             if name in self.sizes and name not in found:
-                found[name] = times * (self.sizes[name] if name in self.whole else size)
+                found[name] = self.sizes[name] if name in self.whole else size
         if phase.name == way.EVALUATING:
             return self._named(found) | {JUDGES: self.judges}
         return self._named(found)
@@ -191,11 +189,25 @@ def machine_bytes(device: str) -> int:
 
 
 def load_libraries() -> None:
-    """Import what a run imports, so that `resident` tells what they take."""
+    """Import what a run imports, and compute a little, so that `resident` tells what both take.
+
+    What the libraries compute with is only made, and its code only read, when it is first needed.
+    """
     import importlib
 
     for name in _IMPORTED:
         importlib.import_module(name)
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        first, last = nn.Conv2d(4, 32, 3, padding=1), nn.Linear(32, 32)
+        optimizer = torch.optim.AdamW([*first.parameters(), *last.parameters()], fused=True)
+        seen = nn.functional.group_norm(first(torch.zeros(1, 4, 16, 16)), 8)
+        tokens = last(seen.flatten(2).transpose(1, 2))
+        loss: Any = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).mean()
+        loss.backward()
+        optimizer.step()
 
 
 # What is first imported somewhere on a run's way, by the libraries too.

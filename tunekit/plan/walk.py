@@ -121,13 +121,13 @@ class _Run:
         if prior is not None:
             width, height = prior
             shapes.append((self.latents[0], height // self.factor, width // self.factor))
-        if getattr(settings, "gradient_checkpointing", False):
+        if settings.gradient_checkpointing:
             self.family.denoiser.enable_gradient_checkpointing()
 
         def arrived(parameter: Tensor) -> None:
             assert parameter.grad is not None
             ledger.call(GRADIENTS, parameter.grad)
-            if getattr(settings, "fused_backward", False):
+            if settings.fused_backward:
                 parameter.grad = None
 
         hooks = [
