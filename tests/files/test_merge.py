@@ -136,6 +136,28 @@ def test_the_rest_of_the_base_is_there_and_nothing_else(
     assert weights.stat().st_mode & 0o044, "others may read it"
 
 
+def test_what_drawing_does_not_need_is_left_out_and_said(
+    exported: Any, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(tiny_folder(), tmp_path / "base")
+    index = tmp_path / "base/model_index.json"
+    checked = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    held = json.loads(index.read_text()) | checked | {"requires_safety_checker": True}
+    index.write_text(json.dumps(held))
+    (tmp_path / "base/safety_checker").mkdir()
+    (tmp_path / "base/safety_checker/pytorch_model.bin").write_bytes(b"\x80\x04")
+    (tmp_path / "base/unet/notes.bin").write_bytes(b"\x80\x04")
+    made = merge([(exported("LoRA"), 1.0)], tmp_path / "m", base=str(tmp_path / "base"))
+    assert any(remark.startswith("safety_checker: left out") for remark in made.remarks)
+    told = json.loads((tmp_path / "m/model_index.json").read_text())
+    assert told["safety_checker"] == [None, None]
+    assert told["requires_safety_checker"] is False
+    assert not list((tmp_path / "m").rglob("*.bin"))
+    base_of(tmp_path / "m").pipeline()
+
+
 def test_parts_of_a_large_base_stay_parts(
     exported: Any, tiny_folder: Folder, tmp_path: Path
 ) -> None:

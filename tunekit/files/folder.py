@@ -259,6 +259,8 @@ def _copy_rest(
             _copy_index(source / name, out / name, variant)
         if name.startswith("tokenizer"):
             _spell_out(out / name)
+    if "safety_checker" in left and "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False  # else diffusers warns of what is not there
     if left:
         remarks.append(f"{', '.join(left)}: left out, since drawing does not need it")
     (out / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
