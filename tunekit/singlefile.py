@@ -6,7 +6,9 @@ diffusers folder beside it.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +64,7 @@ def default_config(path: Path) -> str:
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     try:
-        found: str = fetch_diffusers_config(_tensors(path))["pretrained_model_name_or_path"]
+        found: str = fetch_diffusers_config(_shapes(path))["pretrained_model_name_or_path"]
     except (LookupError, ValueError) as error:  # shapes that no model has
         raise UserError(f"{path}: diffusers cannot tell what model it is: {error!r}") from None
     return found
@@ -82,7 +84,7 @@ def load(
 
     what: dict[str, Any] = {"config": str(configs), "subfolder": name, "torch_dtype": dtype}
     what["local_files_only"] = True
-    tensors = _tensors(path)
+    tensors = _tensors(path, _HELD[name])
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it warns of is refused below
     try:
@@ -110,9 +112,7 @@ def load(
     if any(parameter.is_meta for parameter in module.parameters()):
         raise _incomplete(path, name, configs, key)
     # A configuration of fewer layers takes what it needs and leaves the others behind.
-    held = sum(
-        3 if tensor.endswith(_FUSED) else 1 for tensor in tensors if re.match(_HELD[name], tensor)
-    )
+    held = sum(3 if tensor.endswith(_FUSED) else 1 for tensor in tensors)
     used = len(module.state_dict())
     if held > used:
         raise UserError(
@@ -129,12 +129,28 @@ def _incomplete(path: Path, name: str, configs: Path, key: str) -> UserError:
     )
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _tensors(path: Path, wanted: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names the pattern fits; the file is several times as large."""
+    with _opened(path) as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names if re.match(wanted, name)}
+
+
+def _shapes(path: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor without its numbers."""
+    import torch
+
+    with _opened(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError, ValueError, LookupError) as error:
         raise UserError(f"{path}: is damaged: {' '.join(str(error).split())[:300]}") from None
-    return tensors

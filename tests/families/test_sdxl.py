@@ -307,6 +307,17 @@ class TestSingleFile:
             with pytest.raises(UserError, match=f"weights of its {part} are missing|its {part} ca"):
                 families.load(Base(model=str(broken), config=str(configs)))
 
+    def test_without_a_configuration_it_is_taken_for_stability_s_own(
+        self, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        deep = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+        path = ldm.single_file_xl(tiny_folder("sdxl"), tmp_path / "xl.safetensors", (deep,))
+        with pytest.raises(UserError, match="tokenizer of stabilityai/stable-diffusion-xl-base"):
+            families.load(Base(model=str(path)))
+
     @pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr")])
     def test_marks_say_what_it_predicts(
         self,

@@ -40,6 +40,8 @@ class Latent(Family):
     """Component by diffusers name -> its class's name in diffusers or transformers."""
     tokenizer_kinds: ClassVar[Mapping[str, str]]
     """Text encoder -> its tokenizer's class's name in transformers."""
+    reads: ClassVar[Mapping[str, int]] = {}
+    """How many tokens a text encoder is given that would take any number of them, such as T5."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Text encoders that a base of this family may lack."""
     denoiser_part: ClassVar[str] = "unet"
@@ -85,7 +87,9 @@ class Latent(Family):
     def _read_tokenizers(cls, folder: ModelFolder) -> dict[str, Any]:
         held = cls.held(folder.model_index)
         return {
-            encoder: _text.tokenizer(folder, encoder, kind)
+            encoder: _text.tokenizer(
+                folder, encoder, kind, cls.reads.get(encoder, _text.CLIP_READS)
+            )
             for encoder, kind in cls.tokenizer_kinds.items()
             if encoder in held
         }

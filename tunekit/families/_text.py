@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from tunekit.modelfolder import ModelFolder
 
-_PLACES = 77  # what CLIP reads where a configuration does not say it
+CLIP_READS = 77
+"""How many tokens CLIP reads where its configuration does not say it."""
 
 
 def tokenizer_name(encoder: str) -> str:
@@ -22,10 +23,11 @@ def tokenizer_name(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def tokenizer(folder: ModelFolder, encoder: str, kind: str) -> Any:
+def tokenizer(folder: ModelFolder, encoder: str, kind: str, reads: int = CLIP_READS) -> Any:
     """Return a text encoder's tokenizer, that reads no more than the encoder does.
 
-    kind: its class's name in transformers. Raises UserError where it cannot be loaded.
+    kind: its class's name in transformers. reads: how many tokens it is given where the encoder's
+    configuration does not say it. Raises UserError where it cannot be loaded.
     """
     import transformers
 
@@ -36,7 +38,7 @@ def tokenizer(folder: ModelFolder, encoder: str, kind: str) -> Any:
         line = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be loaded: {line[:300]}") from error
     # Some tokenizers do not say how much the encoder reads.
-    places = folder.configs.get(encoder, {}).get("max_position_embeddings", _PLACES)
+    places = folder.configs.get(encoder, {}).get("max_position_embeddings", reads)
     if not all(isinstance(number, int | float) for number in (places, made.model_max_length)):
         raise UserError(f"{path}: how much {encoder} reads is no number: {places!r:.60}")
     made.model_max_length = min(made.model_max_length, places)
