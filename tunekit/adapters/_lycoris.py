@@ -56,7 +56,8 @@ class LycorisAdapter(PeftAdapter):
         for component, names in plan.items():
             for name in names:
                 weight: Any = family.component(component).get_submodule(name).weight
-                if weight.ndim < 2 or weight.shape[1] == 1:  # packed, in no shape of its own
+                # packed, in no shape of its own
+                if not weight.is_floating_point() and weight.shape[1] == 1:
                     raise UserError(
                         f"adapter.kind: {cls.kind} on packed weights such as {component}.{name} "
                         "is nothing that peft computes: hold the base in bf16, or choose another "
