@@ -21,6 +21,7 @@ _SURELY_TOKEN = re.compile(
     r"\b(?:(?:hf_|ghp_|github_pat_|sk-|xox[a-z]-)(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{16,}|hf_[A-Za-z]{30,}"
     r"|AKIA[A-Z0-9]{16})"
 )
+_SURELY_SECRET = re.compile(r"(?i)(?:token|secret|passw(?:or)?d|api_?key|credentials?)$")
 _SURELY_PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
@@ -41,6 +42,7 @@ def secret_in(text: str) -> str | None:
         return "a password or token in a URL"
     for name, value in os.environ.items():
         # A path is named after the secret that lies there, and is none.
-        if len(value) >= 8 and "/" not in value and _SECRET_NAME.search(name) and value in text:
+        secret = len(value) >= 8 and "/" not in value and _SURELY_SECRET.search(name)
+        if secret and value in text:
             return f"the value of ${name}"
     return None

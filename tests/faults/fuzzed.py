@@ -16,13 +16,15 @@ import pytest
 from huggingface_hub.constants import HF_HOME
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import storage_directory
 from targets import Target, emptied, run_once
 from watch import watched
 
 SECONDS = 5  # of processor time an input
 KILOBYTES = 1_000_000  # an input, beyond what the process had
 PLENTY, FEW = 150, 40  # inputs; few where each loads a model
-LIBRARIES = Path(HF_HOME)  # what `datasets` makes for itself there
+# What `datasets`, and hypothesis while it chooses, keep for themselves.
+LIBRARIES = (Path(HF_HOME), Path(storage_directory().path))
 RANDOMS = st.randoms(use_true_random=False)
 
 
@@ -50,7 +52,7 @@ class Range:
     def feed(self, rng: Random) -> None:
         """Feed one input: it is read or refused, in time, and nothing is left behind elsewhere."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with self._inside(), bounded(), watched(self.scratch.parent, LIBRARIES) as seen:
+        with self._inside(), bounded(), watched(self.scratch.parent, *LIBRARIES) as seen:
             run_once(self.target, rng, self.seeds, self.here)
         assert not seen, seen
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < KILOBYTES

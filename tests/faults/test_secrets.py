@@ -104,7 +104,7 @@ def test_no_refusal_repeats_one(typed: Typed, words: list[str]) -> None:
     assert TOKEN not in told.err
 
 
-def test_ordinary_words_are_no_secrets() -> None:
+def test_ordinary_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refusing a recipe for a word of it would be worse than the leak it guards against."""
     for text in (
         "runs/hf_character", "sk-learn", "a key in a lock, token of love", "owner/name@main",
@@ -112,6 +112,8 @@ def test_ordinary_words_are_no_secrets() -> None:
         "/mnt/secrets/pictures", "ghp_", "me@example.org",
     ):  # fmt: skip
         assert secret_in(text) is None, text
+    monkeypatch.setenv("SECRETS_MODE", "disabled")
+    assert secret_in("disabled") is None
     for text in (TOKEN, f"x {TOKEN} y", "https://a:b@c/d", "https://c/d?api_key=e1f2"):
         assert secret_in(text), text
         assert "[removed]" in without_secrets(text)

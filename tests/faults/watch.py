@@ -55,15 +55,15 @@ def watched(*allowed: Path) -> Iterator[list[str]]:
 
     An entry is the event and its first argument, such as ``open /etc/passwd``.
     """
-    global _allowed, _hooked
+    global _allowed, _hooked, _seen
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked = True
     assert _allowed is None, "one at a time"
-    _seen.clear()
+    _seen = seen = []
     _allowed = tuple(path.resolve() for path in allowed)
     try:
-        yield _seen
+        yield seen
     finally:
         _allowed = None
 
