@@ -151,7 +151,7 @@ class Loop:
         self._stepper: Any = self._fused or self.accelerator.prepare(self.optimizer)
         self._set_rates = build_schedule(settings, self.optimizer)
         self._encode = encode
-        self._predict = forward.arrange(family, settings)
+        forward.arrange(family, settings)
         self._goal = Goal(settings.objective, family.schedule)
         trained = adapter.trained()
         self.ema = Ema(trained, settings.ema) if settings.ema is not None else None
@@ -325,7 +325,7 @@ class Loop:
             conditioning = self._encode(batch.captions) if self._encode else batch.conditioning
             if batch.sizes is not None:
                 conditioning = family.with_sizes(conditioning, batch.sizes)
-            prediction = self._predict(noisy, timesteps, conditioning)
+            prediction = family.predict(noisy, timesteps, conditioning)
         wanted = diffusion.target(goal.schedule, latents, noise, timesteps)
         mask = batch.mask.to(family.device) if batch.mask is not None else None
         losses = goal.losses(prediction, wanted, timesteps, mask)
