@@ -116,8 +116,11 @@ def _not_found(text: str, roots: Sequence[Path], kind: str) -> str:
     what = "file" if is_file else "folder"
     what = "folder or file" if kind in ("part", "pictures") else what
     problem = f'there is no {what} "{text}" (looked for {", ".join(looked)})'
-    if kind in ("folder", "part", "embedding"):
+    if kind in ("folder", "embedding"):
         return problem
+    if kind == "part":
+        fetched = f"; fetch one from the Hub with `hf download {text} --local-dir FOLDER`"
+        return problem + (fetched if hub.means_id(text) else "")
     if kind == "pictures":
         on_hub = f"; a dataset on the Hub is written dataset: {text}"
         return problem + (on_hub if hub.is_id(text) else "")

@@ -46,6 +46,16 @@ def test_without_the_base_one_line_says_which_and_how_to_get_it(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_vae_of_the_hub_is_refused_with_how_to_fetch_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path_of("sdxl-character-lora"), ["base.vae=someone/better-vae"])
+    assert 'base.vae: there is no folder or file "someone/better-vae"' in str(caught.value)
+    assert "`hf download someone/better-vae --local-dir FOLDER`" in str(caught.value)
+    (tmp_path / "vae").mkdir()
+    recipe = load_recipe(path_of("sdxl-character-lora"), [f"base.vae={tmp_path / 'vae'}"])
+    assert recipe.base.vae == str(tmp_path / "vae")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_settings_teach_together(
     name: str,
