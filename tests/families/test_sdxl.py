@@ -366,6 +366,16 @@ class TestRefusals:
         assert "is an inpainting base" in line
         assert "with 9 input channels" in line
 
+    def test_noise_levels_of_another_kind(self, folder: Path) -> None:
+        """As Playground 2.5 has them, in a pipeline of the same name."""
+        from diffusers import EDMEulerScheduler
+
+        EDMEulerScheduler().save_pretrained(folder / "scheduler")
+        rewrite(folder / "model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])
+        assert "was trained with EDM's noise levels (its scheduler is EDMEuler" in self.refusal(
+            folder
+        )
+
     def test_the_wrong_family(self, folder: Path, tiny_folder: Folder) -> None:
         line = self.refusal(folder, family="sd")
         assert line.startswith(f"base.family: sd, but {folder} is sdxl: it holds StableDiffusionXL")

@@ -92,6 +92,11 @@ class UNet(Latent):
 
         from tunekit.diffusion import PREDICTION_TYPES, NoiseSchedule
 
+        if "sigma_data" in self.scheduler.config:
+            raise UserError(
+                f"{self.label}: was trained with EDM's noise levels (its scheduler is "
+                f"{type(self.scheduler).__name__}), which tunekit does not know"
+            )
         with loading(f"{self.label}: scheduler/scheduler_config.json"):
             trained = DDPMScheduler.from_config(self.scheduler.config)
         kind = trained.config.prediction_type
