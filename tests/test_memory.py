@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import tunekit
 from tunekit import adapters, families, forward
@@ -267,3 +269,49 @@ def test_the_evaluation_has_one_base_in_memory(
 
 def test_the_report_tells_what_left_the_memory(run: Run) -> None:
     assert "vae and text_encoder (" in run.report.read_text()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings(  # torch's own, when it compiles
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)
+class TestCompile:
+    def test_compiled_steps_are_nearly_those_that_are_not(
+        self, load_tiny: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        torch._dynamo.reset()
+        counters.clear()
+        adapter, rate = {"targets": "full", "dropout": 0.3}, {"learning_rate": 1e-3}
+        plain, records = learned(load_tiny, adapter, **rate)
+        compiled, again = learned(
+            load_tiny, adapter, **rate, compile=True, gradient_checkpointing=True
+        )
+        assert counters["stats"]["unique_graphs"] > 0
+        for one, other in zip(records, again, strict=True):
+            assert other.loss == pytest.approx(one.loss, rel=1e-4)
+            assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
+        moved = [(plain[name] - compiled[name]).abs().mean() for name in plain]
+        assert max(map(float, moved)) < 1e-4
+
+    def test_drawing_is_not_compiled(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        blocks = list(family.denoiser.modules())
+        within = forward.arrange(family, settings(compile=True))
+        with within():
+            assert any("forward" in vars(block) for block in blocks)
+        assert not any("forward" in vars(block) for block in blocks)
+
+    def test_without_a_compiler_one_line_says_what_to_do(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from torch._inductor import config
+
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+        torch._dynamo.reset()
+        with pytest.raises(UserError) as error:
+            forward.check(settings(compile=True))
+        assert str(error.value).startswith("train.compile: torch cannot compile here: ")
+        assert "\n" not in str(error.value)

@@ -221,13 +221,14 @@ def _looks(seen: Sheets, keepers: DataSheet | None) -> list[tuple[str, str]]:
 
 def _check_machine(recipe: Recipe, device: torch.device) -> None:
     """Raise UserError for what this machine or its packages cannot do."""
-    from tunekit import optim, quantize
+    from tunekit import forward, optim, quantize
     from tunekit.train import check_precision
 
     check_precision(device, recipe.train.precision)
     optim.check_optimizer(recipe.train)
     if recipe.base.quantize is not None:
         quantize.check(recipe.base.quantize)
+    forward.check(recipe.train)
 
 
 def _check_judges(recipe: Recipe) -> None:

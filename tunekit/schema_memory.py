@@ -1,4 +1,4 @@
-"""What of the training section saves memory and changes nothing else."""
+"""What of the training section saves memory or time and changes nothing else."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ class Memory(Section):
         "gradient is gone at once: memory where whole weights learn. Not with max_grad_norm, "
         "gradient_accumulation, fp16 or data.prior.",
         json_schema_extra=also("fused_backward_pass", "fused_optimizer_groups"),
+    )
+    compile: bool = Field(
+        False,
+        description="Whether the blocks that the denoiser repeats are compiled for training "
+        "(torch.compile): a minute at the start, faster steps; needs a C++ compiler. Not the same "
+        "to the last bit.",
+        json_schema_extra=also("torch_compile", "compile_model", "dynamo_backend"),
     )
 
     @field_validator(*_ALONE, check_fields=False)

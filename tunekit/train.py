@@ -151,7 +151,7 @@ class Loop:
         self._stepper: Any = self._fused or self.accelerator.prepare(self.optimizer)
         self._set_rates = build_schedule(settings, self.optimizer)
         self._encode = encode
-        forward.arrange(family, settings)
+        self._arranged = forward.arrange(family, settings)
         self._goal = Goal(settings.objective, family.schedule)
         trained = adapter.trained()
         self.ema = Ema(trained, settings.ema) if settings.ema is not None else None
@@ -207,7 +207,8 @@ class Loop:
             self.adapter.train()
             self._weights.train()
             try:
-                record = self._step(step, batches, began)
+                with self._arranged():
+                    record = self._step(step, batches, began)
             finally:
                 self._weights.draw()
                 self.adapter.train(False)
