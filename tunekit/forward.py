@@ -71,7 +71,7 @@ def arrange(family: Family, train: Train) -> Callable[[], AbstractContextManager
     return lambda: _in_place(forwards)
 
 
-def _compiled(family: Family) -> Mapping[nn.Module, Callable[..., Any]]:
+def _compiled(family: Family) -> dict[nn.Module, Callable[..., Any]]:
     """Return what computes each repeated block, once compiled: at its first call."""
     import torch
     from torch._dynamo import config
@@ -85,7 +85,7 @@ def _compiled(family: Family) -> Mapping[nn.Module, Callable[..., Any]]:
         )
     config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
     # Dropout draws what it draws uncompiled.
-    options = {"fallback_random": True}
+    options: dict[str, Any] = {"fallback_random": True}
     return {block: torch.compile(block.forward, options=options) for block in blocks}
 
 
@@ -93,7 +93,7 @@ def _compiled(family: Family) -> Mapping[nn.Module, Callable[..., Any]]:
 def _in_place(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let modules compute with other functions, for a while."""
     for module, forward in forwards.items():
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:
