@@ -186,22 +186,26 @@ class _Work:
         self, file: Source, entries: list[Entry], tick: Any
     ) -> Iterator[tuple[str, Tensor]]:
         for entry in entries:
-            tensor = file.read(entry.name)
-            change = self._change(entry, tensor)
-            kind = self._form(file, entry).kind
-            whole = tensor if change is None else tensor.float() + change
-            cast = whole.to(kind)
-            if tensor.is_floating_point() and not bool(cast.float().isfinite().all()):
-                raise UserError(
-                    f"{'.'.join(entry.place or ('', entry.name))}: becomes NaN or more than "
-                    f"{str(kind).removeprefix('torch.')} can hold; a lower weight, or --dtype fp32"
-                )
-            if change is not None:
-                self.squared += float(change.norm()) ** 2
-                if cast is not whole:
-                    self.lost += float((cast.float() - whole).norm()) ** 2
+            yield entry.wide, self._merged(file, entry)
             tick()
-            yield entry.wide, cast
+
+    def _merged(self, file: Source, entry: Entry) -> Tensor:
+        """Return a tensor with all that is added to it, in the format that is written."""
+        tensor = file.read(entry.name)
+        change = self._change(entry, tensor)
+        kind = self._form(file, entry).kind
+        whole = tensor if change is None else tensor.float() + change
+        cast = whole.to(kind)
+        if tensor.is_floating_point() and not bool(cast.float().isfinite().all()):
+            raise UserError(
+                f"{'.'.join(entry.place or ('', entry.name))}: becomes NaN or more than "
+                f"{str(kind).removeprefix('torch.')} can hold; a lower weight, or --dtype fp32"
+            )
+        if change is not None:
+            self.squared += float(change.norm()) ** 2
+            if cast is not whole:
+                self.lost += float((cast.float() - whole).norm()) ** 2
+        return cast
 
     def _change(self, entry: Entry, tensor: Tensor) -> Tensor | None:
         if entry.place is None:

@@ -101,14 +101,14 @@ class TensorFile:
         """Return a tensor on the CPU, in memory of its own."""
         from safetensors import SafetensorError, safe_open
 
-        size = self.forms[name].bytes if name in self.forms else 0
         try:
-            # The library maps the file, and what was read of the map counts as memory.
-            if self._open is None or self._mapped + size > _MOST_MAPPED:
-                self._open, self._mapped = None, 0
+            if self._open is None:
                 self._open = safe_open(self.path, framework="pt")
-            self._mapped += size
             tensor: Tensor = self._open.get_tensor(name).clone()
+            self._mapped += tensor.nbytes
+            # The library maps the file, and what was read of the map counts as memory.
+            if self._mapped > _MOST_MAPPED:
+                self._open, self._mapped = None, 0
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path}: is damaged: {' '.join(str(error).split())}") from None
         return tensor
@@ -149,6 +149,7 @@ def write(
             missing.remove(name)
             file.seek(8 + len(text) + starts[name])
             file.write(_bytes(tensor))
+            del tensor  # else it stays until the next one is there
         assert not missing, missing
 
 
