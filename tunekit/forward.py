@@ -65,7 +65,7 @@ def arrange(family: Family, train: Train) -> Callable[[], AbstractContextManager
         )
     if train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    elif able:
+    elif getattr(denoiser, "is_gradient_checkpointing", False):
         denoiser.disable_gradient_checkpointing()
     forwards = _compiled(family) if train.compile else {}
     return lambda: _in_place(forwards)
