@@ -150,6 +150,29 @@ def test_an_earlier_checkpoint_can_be_taken(
     assert_same(whole.folder, out)
 
 
+def test_killed_while_later_checkpoints_are_cleared_away(
+    tree: Callable[..., Tree], whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        tunekit.train(recipe(tree), out=out, reporter=KillAt(5))
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if "step-000004" in Path(path).name:
+            (Path(path) / "adapter.safetensors").unlink()  # files go in no certain order
+            raise Killed
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            tunekit.train(recipe(tree), out=out, reporter=Silent(), resume="step-000002")
+    assert [path.name for path in checkpoint.steps(out / "checkpoints")] == ["step-000002"]
+    tunekit.train(recipe(tree), out=out, reporter=Silent(), resume=True)
+    assert_same(whole.folder, out)
+
+
 @pytest.fixture(scope="module")
 def stopped(tree: Callable[..., Tree], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"

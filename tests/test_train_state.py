@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from test_train import Load, Pictures, assert_equal, attach, settings, untimed
 
 from tunekit.errors import UserError
-from tunekit.train import Loop
+from tunekit.train import Loop, TrainingError
 
 
 def loop(load_tiny: Load, **values: Any) -> tuple[Loop, Pictures]:
@@ -92,6 +92,24 @@ def test_a_checkpoint_without_the_optimizer_is_refused(load_tiny: Load) -> None:
     one, _ = loop(load_tiny)
     with pytest.raises(UserError, match="holds no optimizer state"):
         one.load_state({"adapter": one.adapter.state()})
+
+
+def test_a_run_in_which_nothing_moves_stops_however_often_it_goes_on(load_tiny: Load) -> None:
+    """What the guards remember of the steps so far is in every checkpoint."""
+    family = load_tiny("sd", prediction_type="v_prediction")
+    adapter, pictures = attach(family), Pictures(family)
+    chosen = settings(steps=30, learning_rate=0.0, batch_size=4)
+    saved: dict[str, Any] = {}
+    for step in range(20):
+        one = Loop(family, adapter, chosen)
+        if saved:
+            one.load_state(saved)
+        next(one.run(pictures, step))
+        saved = {name: load(save(tensors)) for name, tensors in one.state().items()}
+    one = Loop(family, adapter, chosen)
+    one.load_state(saved)
+    with pytest.raises(TrainingError, match=r"step 21 of 30: nothing .* 20 steps: .* rate is 0"):
+        next(one.run(pictures, 20))
 
 
 @pytest.mark.parametrize(

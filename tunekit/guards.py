@@ -147,7 +147,7 @@ class Guards:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return what is remembered."""
         usual = self.spikes.state().items()
-        counts = [self.skips, int(self._spiking), int(self.pulse.moved)]
+        counts = [self.skips, int(self._spiking), *self.pulse.state()]
         return {
             **{name: torch.tensor(values, dtype=torch.float64) for name, values in usual},
             "counts": torch.tensor(counts),
@@ -159,8 +159,9 @@ class Guards:
         if own.keys() != state.keys() or state["counts"].shape != own["counts"].shape:
             raise UserError("the saved state of the guards is missing, or not what is kept now")
         self.spikes.load_state({name: values.tolist() for name, values in state.items()})
-        skips, spiking, moved = state["counts"].tolist()
-        self.skips, self._spiking, self.pulse.moved = skips, bool(spiking), bool(moved)
+        self.skips, spiking, *pulse = state["counts"].tolist()
+        self._spiking = bool(spiking)
+        self.pulse.load_state(pulse)
 
 
 class Pulse:
@@ -206,6 +207,16 @@ class Pulse:
         self._still += 1
         if self.moved:
             self._before = []
+
+    def state(self) -> list[int]:
+        """Return all that is remembered; what it compares with is what trains, until it moves."""
+        return [int(self.moved), self._still, int(self._felt)]
+
+    def load_state(self, state: Sequence[int]) -> None:
+        """Take up what `state` returned."""
+        moved, self._still, felt = state
+        self.moved, self._felt = bool(moved), bool(felt)
+        self._before = []
 
     def _parts(self) -> Iterator[Tensor]:
         """Yield numbers of every tensor, evenly chosen: a step moves each a little or none."""

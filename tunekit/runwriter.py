@@ -25,7 +25,7 @@ from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
 from tunekit.runlock import LOCK, Holder
 from tunekit.runstate import STATE
 from tunekit.safefile import check_folder
-from tunekit.wholefile import disk_errors, part_of, tidy, write_whole
+from tunekit.wholefile import disk_errors, part_of, remove_folder, tidy, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,16 +104,16 @@ class RunWriter:
 
     def _clear(self, resume_at: int | None) -> None:
         """Remove what a former run left, or, where it goes on, what it left after that step."""
-        if resume_at is not None:
-            later = [
-                path
-                for parent, pattern in ((SAMPLES, "step-*"), (CHECKPOINTS, "step-*"))
-                for path in (self.path / parent).glob(pattern)
-                if (found := _STEP.match(path.name)) and int(found[1]) > resume_at
-            ]
-            for path in later:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        tidy(self.path / CHECKPOINTS)
+        for parent in (SAMPLES, CHECKPOINTS):
+            tidy(self.path / parent)
+            for path in list((self.path / parent).glob("step-*")):
+                found = _STEP.match(path.name)
+                if found is None or int(found[1]) <= (-1 if resume_at is None else resume_at):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    remove_folder(path)  # killed on the way, it leaves no half of a checkpoint
+                else:
+                    path.unlink()
         parts = {path.name for path in self.path.iterdir() if part_of(path.name)}
         for name in sorted((OURS - {LOCK} if resume_at is None else RESULTS) | parts):
             path = self.path / name
