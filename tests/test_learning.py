@@ -91,7 +91,8 @@ def test_pictures_of_the_class_keep_it_diverse(tmp_path: Path) -> None:
     Measured: 24 % of the base's diversity without, 66 % with as few pictures of the class as here;
     likeness 76 % and 44 %, and of "a robot" 78 % and less than the base's own.
     """
-    fewer = ("train.steps=120", "train.learning_rate=5e-4", "evaluate.steps=10")
+    plain = ("data.trigger=zorp", "tokens=[]")  # a word of its own would keep the two apart better
+    fewer = ("train.steps=120", "evaluate.steps=10", *plain)
     few = ("data.prior.count=18", "data.prior.steps=10", "data.prior.weight=0.5")
     kept = taught("dreambooth-full.yaml", CHARACTER, tmp_path / "kept", *fewer, *few)
     lost = taught("dreambooth-full.yaml", CHARACTER, tmp_path / "lost", *fewer, "data.prior=null")
