@@ -291,7 +291,7 @@ def _noun(rng: Rng, figure: Figure, told: float, marks: float) -> str:
         words.insert(0, figure.who.colour)
     plain = figure.who.pattern == "plain"
     # nothing is drawn for a chance of 0: captions without marks stay what they were
-    marked = marks > 0 and rng.random() < (marks / 3 if plain else marks)
+    marked = marks > 0 and rng.random() < (marks / 3 if plain and told < 1 else marks)
     if marked and plain:
         words.insert(0, "plain")
     if figure.size != "medium" and rng.random() < 0.6:
@@ -307,7 +307,8 @@ def caption(scene: Scene, rng: Rng, complete: bool = False, marks: float = 0.0) 
     """Describe a scene as a person would, in varied words.
 
     One caption in about seven leaves an attribute out; `complete` names all four. `marks` is the
-    chance that the pattern of a lone figure is told as well, 0..1; in pairs it never is.
+    chance that the pattern of a lone figure is told as well, 0..1 ("plain" less often, unless
+    `complete`); in pairs it never is.
     """
     told = 1.0 if complete else 0.95
     one = len(scene.figures) == 1

@@ -29,7 +29,7 @@ COUNTS = {
     "core": (64_000, 12),
     "same": (24_000, 13),
     "odd": (12_000, 14),
-    "marked": (48_000, 15),
+    "marked": (32_000, 15),
 }
 STEPS = {
     "clip": 550,
@@ -39,7 +39,7 @@ STEPS = {
     "judge": 900,
     "subject": 700,
     "unet": 2_790,
-    "unet-marks": 1_100,
+    "unet-marks": 3_000,
     "vae-decoder": 1_800,
 }
 

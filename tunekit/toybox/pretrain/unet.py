@@ -154,8 +154,12 @@ def train(
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
-    unet = build(seed, channels) if begin is None else UNet2DConditionModel.from_pretrained(begin)
-    unet.to(device(), torch.float32).train()
+    unet = (
+        build(seed, channels)
+        if begin is None
+        else UNet2DConditionModel.from_pretrained(begin, torch_dtype=torch.float32)
+    )
+    unet.to(device()).train()
     # with bf16, plain matrix products beat the fused attention of a CPU by half
     unet.set_attn_processor(AttnProcessor())
     stage = Stage(work / f"{stage_name}-training", {"unet": unet}, _Shared([unet], lr, ranks),
