@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from tunekit import checkpoint
 from tunekit.data.dataset import Batch
 from tunekit.preparation import Prepared, prepare, quietly
 from tunekit.progress import Silent
-from tunekit.recipe import Recipe, recipe_from
+from tunekit.recipe import Recipe, load_recipe, recipe_from
 from tunekit.train import Loop, StepRecord
 
 Tree = dict[str, dict[str, Any]]
@@ -167,7 +168,9 @@ def digest(values: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(
+                value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
         elif isinstance(value, Mapping):
             for key in sorted(value):
                 found.update(key.encode())
@@ -199,3 +202,17 @@ def assert_ended_alike(
     seen = {step: told for step, told in last.seen.items() if step >= first}
     assert seen == {step: told for step, told in whole.seen.items() if step >= first}
     assert_same(whole.loop.state(), last.loop.state())
+
+
+def main(folders: list[str]) -> None:
+    """Go on in each folder, which holds a recipe, and print how what is known ended."""
+    for folder in map(Path, folders):
+        live = Live(load_recipe(folder / "recipe.yaml"), folder)
+        live.take_up(STOP)
+        live.go(STOP, STEPS)
+        told = digest([live.seen[STEPS - 1], live.loop.state()])
+        sys.stdout.write(f"ended {told}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

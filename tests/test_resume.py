@@ -173,6 +173,30 @@ def test_killed_while_later_checkpoints_are_cleared_away(
     assert_same(whole.folder, out)
 
 
+def test_the_curve_is_on_the_disk_before_the_checkpoint(
+    tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut too, a checkpoint stands beside every line up to its step."""
+    out, sync = tmp_path / "run", os.fsync
+    settled: dict[int, int] = {}
+    lines = {2: 0, 4: 0, 6: 0}
+
+    def synced(handle: int) -> None:
+        sync(handle)
+        settled[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+        for step in lines:
+            partial = out / "checkpoints" / f".step-{step:06d}.partial" / "manifest.json"
+            if partial.exists():
+                metrics = out / "metrics.jsonl"
+                known = metrics.read_bytes()[: settled[metrics.stat().st_ino]]
+                lines[step] = known.count(b"\n")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with pytest.raises(Killed):
+        tunekit.train(recipe(tree), out=out, reporter=KillAt(5))
+    assert lines == {2: 2, 4: 4, 6: 0}
+
+
 @pytest.fixture(scope="module")
 def stopped(tree: Callable[..., Tree], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"

@@ -240,6 +240,11 @@ class Log:
                 if value is not None:
                     board.add_scalar(f"train/{name}", value, record.step)
 
+    def settle(self) -> None:
+        """Have every line on the disk: a checkpoint may not outlive those of its steps."""
+        with disk_errors(self._metrics):
+            os.fsync(self._file.fileno())
+
     def judged(self, step: int, likeness: float) -> None:
         """Write how much a step's samples are like the real pictures: a line of its own."""
         self._add({"step": step, LIKENESS: likeness})

@@ -143,6 +143,7 @@ class Course:
 
     def _save(self, step: int, loop: Loop, log: Log) -> None:
         state = loop.state()
+        log.settle()
         checkpoint.save(self._folder(step), state, {"step": step, "sets": sorted(state)})
         self.keeper.at(step)
         self._prune(log)
