@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -45,6 +46,7 @@ RESULT = ROOT / "benchmarks" / "results" / "chaos.json"
 ANY = "at any time"
 KINDS = (ANY, FILE, SAVING, SAVING)
 _LATER = 0.03  # seconds at most from the touch of a checkpoint to the kill
+_ENOUGH = 10  # faults
 
 
 @dataclass
@@ -87,6 +89,9 @@ def main() -> int:
             if time.monotonic() - began > 60 * options.minutes:
                 print(f"{options.minutes:g} minutes are over")
                 break
+            if len(trial.tally.faults) >= _ENOUGH:
+                print("enough faults to look into")
+                break
             trial.run()
             if options.work is None:
                 shutil.rmtree(work / f"run-{trial.tally.runs:04d}", ignore_errors=True)
@@ -102,14 +107,17 @@ def _warm(work: Path) -> None:
         os.environ[name] = "1"
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ["TUNEKIT_CACHE"] = str(work / "cache")
-    import importlib
-
-    for name in (
+    needed = (
         *("accelerate", "peft", "tiny", "tiny_judges", "torch.utils.tensorboard"),
         *("tunekit.evaluation.judges", "tunekit.evaluation.report", "tunekit.export"),
         *("tunekit.loading", "tunekit.preparation", "tunekit.resume", "tunekit.run"),
         *("tunekit.samples", "tunekit.train"),
-    ):
+    )
+    _import(needed)
+
+
+def _import(names: Iterable[str]) -> None:
+    for name in names:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # else every child copies all of it when it collects garbage
@@ -152,13 +160,14 @@ class Trial:
         out, cache = work / "undisturbed", work / "cache"
         began = time.monotonic()
 
-        def undisturbed() -> dict[str, int]:
+        def undisturbed() -> tuple[dict[str, int], list[str]]:
             touched = Touches((out, cache), {})
             train(self.recipe, out, cache)
-            return touched.counts
+            return touched.counts, [name for name in sys.modules if name.startswith("tunekit.")]
 
-        self.touches = in_child(undisturbed)
+        self.touches, modules = in_child(undisturbed)
         self.seconds = time.monotonic() - began
+        _import(modules)  # all runs are of one version, whatever is edited meanwhile
         self.wanted = in_child(lambda: facts(out))
         print(f"undisturbed: {self.seconds:.1f} s, {self.touches[FILE]} touches of files")
 
@@ -180,7 +189,7 @@ class Trial:
                 break
             if code != -signal.SIGKILL or kind is None:
                 log = out.with_suffix(".log").read_text()
-                tally.faults.append(f"{name} ended with {code}: {log[-2000:]}")
+                tally.faults.append(f"{name} ended with {code}: {log[-800:]}")
                 return
             killed += 1
             tally.kills += 1
