@@ -13,6 +13,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -24,6 +27,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 # What the tokenizer is trained on: the words that tests use are tokens or a few.
@@ -67,6 +73,68 @@ def tiny_tokenizer(max_length: int = 16, merges: int = 120) -> CLIPTokenizer:
         words[mark] = len(words)
     pairs = [tuple(pair) for pair in trained["merges"]]
     return CLIPTokenizer(vocab=words, merges=pairs, model_max_length=max_length)
+
+
+def tiny_t5_tokenizer(max_length: int = 512) -> T5TokenizerFast:
+    """Make T5's kind of tokenizer: of letters, and of robots as a whole."""
+    letters = sorted({letter for sentence in SENTENCES for letter in sentence} - {" "})
+    pieces = ["\u2581", *letters, *map(str, range(10)), "\u2581robot"]
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    scores = [(piece, -float(number)) for number, piece in enumerate(dict.fromkeys(pieces), 1)]
+    return T5TokenizerFast(vocab=[*marks, *scores], extra_ids=0, model_max_length=max_length)
+
+
+def _t5(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def tiny_sd3(folder: Path, t5: bool = True, shift: float = 3.0, layers: int = 2) -> Path:
+    """Save a Stable Diffusion 3 of 32-pixel pictures, with three text encoders or two.
+
+    layers: of each CLIP.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizers = tiny_tokenizer(), tiny_tokenizer()
+        tokenizers[1].pad_token = "!"
+        third = tiny_t5_tokenizer() if t5 else None
+        sizes = {"num_hidden_layers": layers, "hidden_size": 24, "projection_dim": 24}
+        wide = {"num_hidden_layers": layers, "hidden_size": 32, "hidden_act": "gelu"}
+        pipeline = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                num_layers=2,
+                # A patch holds 64 numbers, which a narrower one could not tell apart.
+                attention_head_dim=24,
+                num_attention_heads=4,
+                joint_attention_dim=64,
+                caption_projection_dim=96,
+                pooled_projection_dim=24 + 32,
+                pos_embed_max_size=6,
+                dual_attention_layers=(0,),
+                qk_norm="rms_norm",
+            ),
+            text_encoder=CLIPTextModelWithProjection(_clip(tokenizers[0], **sizes)),
+            text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizers[1], **wide)),
+            text_encoder_3=_t5(third, 64) if third is not None else None,
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            tokenizer_3=third,
+            vae=_vae_of_flows(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
 
 
 def tiny_sd(folder: Path, prediction_type: str = "epsilon", **scheduler: Any) -> Path:
@@ -169,15 +237,25 @@ def _unet(**settings: Any) -> UNet2DConditionModel:
     )
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16, 16),
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        **{"latent_channels": 4} | settings,
+    )
+
+
+def _vae_of_flows() -> AutoencoderKL:
+    return _vae(
+        latent_channels=16,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
 
 
@@ -192,6 +270,14 @@ def diffusion_levels(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if config.get("rescale_betas_zero_snr"):
         signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     return signal, (1 - signal**2).sqrt()
+
+
+def flow_levels(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return 1 - sigma and sigma by timestep, float64: Esser et al. 2024, eq. 23."""
+    shift = 1.0 if config["use_dynamic_shifting"] else config["shift"]
+    places = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    sigma = shift * places / (1 + (shift - 1) * places)
+    return 1 - sigma, sigma
 
 
 def aim(
@@ -211,6 +297,33 @@ def unet_call(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor, Tens
     return args[0].clone(), args[1].clone(), output[0].clone()
 
 
+def sd3_call(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy latents, timestep and prediction of a transformer's call.
+
+    The pipeline tells it 1000 sigma; the timestep is the place of that sigma among the shifted
+    ones, by eq. 23 the other way round.
+    """
+    sigma = kwargs["timestep"].double() / 1000
+    timestep = 1000 * sigma / (3 - 2 * sigma) - 1
+    return kwargs["hidden_states"].clone(), near(timestep), output[0].clone()
+
+
+def near(timestep: Tensor) -> Tensor:
+    """Return a timestep that was reckoned in float32, without its rounding."""
+    assert float((timestep - timestep.round()).abs().max()) < 1e-3, timestep
+    return timestep.round().float()
+
+
+def by_steps(steps: int) -> dict[str, Any]:
+    """Return the pipeline's arguments for so many steps."""
+    return {"num_inference_steps": steps}
+
+
+def by_sigmas(steps: int) -> dict[str, Any]:
+    """Return the same with levels of noise that training knows as well: thousandths."""
+    return {"num_inference_steps": steps, "sigmas": [1 - i * 0.125 for i in range(steps)]}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """What the contract tests need of a family.
@@ -220,7 +333,9 @@ class Tiny:
     with, by timestep, computed by hand. weighting: keys of the objective that weigh timesteps, as
     `aim` does. denoiser: its place in the pipeline; recorded: (args, kwargs, output) of its call ->
     noisy latents [B, C, h, w], timestep, prediction. by_heart: keys of `train` by which one picture
-    is learned.
+    is learned. steps: how many -> the arguments of the pipeline's call for whole timesteps.
+    schedulers: names that it draws with; None: all. words: whether it learns new ones. layouts:
+    those a LoRA is written in.
     """
 
     build: Callable[..., Path]
@@ -237,6 +352,10 @@ class Tiny:
             "objective": {"min_timestep": 400},
         }
     )
+    steps: Callable[[int], dict[str, Any]] = by_steps
+    schedulers: frozenset[str] | None = None
+    words: bool = True
+    layouts: tuple[str, ...] = ("diffusers", "kohya")
 
 
 _PREDICTIONS: Mapping[str, dict[str, Any]] = {
@@ -244,9 +363,31 @@ _PREDICTIONS: Mapping[str, dict[str, Any]] = {
     "v": {"prediction_type": "v_prediction"},
     "zero snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 }
+_OF_FLOWS: Mapping[str, Any] = {
+    "schedulers": frozenset({"euler", "FlowMatchEulerDiscreteScheduler"}),
+    "words": False,
+    "layouts": ("diffusers",),
+    "by_heart": {
+        "steps": 450,
+        "batch_size": 1,
+        "learning_rate": 5e-3,
+        "schedule": "cosine",
+        "objective": {"min_timestep": 400},
+    },
+}
 # Every family: the contract tests run over all of them.
 FAMILIES: dict[str, Tiny] = {
     "sd": Tiny(tiny_sd, _PREDICTIONS),
     "sdxl": Tiny(tiny_sdxl, _PREDICTIONS),
+    "sd3": Tiny(
+        tiny_sd3,
+        {"three encoders": {}, "without T5": {"t5": False}},
+        levels=flow_levels,
+        weighting={},
+        denoiser="transformer",
+        recorded=sd3_call,
+        steps=by_sigmas,
+        **_OF_FLOWS,
+    ),
 }
 BUILDERS: dict[str, Callable[..., Path]] = {name: tiny.build for name, tiny in FAMILIES.items()}

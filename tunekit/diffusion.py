@@ -10,6 +10,7 @@ Fast"; Esser et al. 2024, "Scaling Rectified Flow Transformers", section 2).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -88,10 +89,12 @@ class FlowSchedule(Schedule):
 
     `sigmas`: [T] float32 in 0..1, rising. `cells`: the latent cells (h * w) at which the timesteps
     are right as they are; larger pictures need more noise (see timesteps.py). None: not known.
+    `shifts`: latent cells -> the base's own shift, where it has a formula for it.
     """
 
     sigmas: Tensor
     cells: int | None = None
+    shifts: Callable[[int], float] | None = None
     prediction_type = "flow"
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunekit.adapters import Adapter
     from tunekit.families import Family
     from tunekit.recipe import Recipe
+    from tunekit.schema import Layout
 
 CARD = "README.md"
 _PENDING = ".unverified"
@@ -75,6 +76,30 @@ def needed(files: Sequence[ExportedFile]) -> list[Path]:
     return [file.path for file in (*first, *(file for file in files if file.layout == WORDS))]
 
 
+def layouts(recipe: Recipe, family: Family) -> tuple[Layout, ...]:
+    """Return the layouts that the recipe's adapter is written in for this base.
+
+    Raises UserError where one is asked for that the base's files are not written in. A kind that
+    only this layout carries is written all the same.
+    """
+    if recipe.adapter is None:
+        return ()
+    chosen = recipe.export.layouts
+    refused = left_out(recipe, family)
+    for layout in chosen or ():
+        if layout in refused:
+            raise UserError(f"export.layouts: {layout}: {refused[layout]}")
+    return tuple(one for one in recipe.adapter.layouts(chosen) if one not in refused)
+
+
+def left_out(recipe: Recipe, family: Family) -> dict[str, str]:
+    """Return the layouts that could carry the recipe's adapter but not for this base, and why."""
+    able = recipe.adapter.layouts() if recipe.adapter is not None else ()
+    return {
+        layout: why for layout, why in family.unwritten.items() if layout in able and len(able) > 1
+    }
+
+
 def export_adapter(
     family: Family,
     adapter: Adapter,
@@ -82,13 +107,15 @@ def export_adapter(
     out_dir: Path,
     *,
     pictures: int | None = None,
+    step: int | None = None,
     scores: Mapping[str, str] | None = None,
 ) -> list[ExportedFile]:
     """Write what `adapter` learned in every layout of `recipe.export`, verified, and a model card.
 
     family: the base with `adapter` still attached; it draws and trains on as before. New words get
     a file each, and where there is an adapter in kohya's naming beside them, a bundle as well.
-    pictures: how many taught it, for the metadata. scores: printed in the card (see `write_card`).
+    pictures: how many taught it. step: after how many steps it was made; both for the metadata.
+    scores: printed in the card (see `write_card`).
 
     Raises ExportError where a file fails its verification or a new word's vector never moved, and
     UserError where a layout cannot carry the adapter or the disk refuses. Files of an earlier
@@ -96,7 +123,7 @@ def export_adapter(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     resolution = (*recipe.data.resolutions, family.default_resolution)[0]
-    work = _Work(family, adapter, recipe, out_dir, resolution, pictures)
+    work = _Work(family, adapter, recipe, out_dir, resolution, pictures, step)
     words = work.words()
     done = [*work.adapters([file.path for file in words]), *words]
     if words and any(file.layout == BUNDLED_IN for file in done):
@@ -115,6 +142,7 @@ class _Work:
     folder: Path
     resolution: int
     pictures: int | None
+    step: int | None
 
     def words(self) -> list[ExportedFile]:
         """Write and verify a file for each new word; the adapter rests meanwhile."""
@@ -151,7 +179,7 @@ class _Work:
         if adapter is None or recipe.adapter is None:
             return []
         done, dtype = [], recipe.export.dtype
-        for layout in recipe.adapter.layouts(recipe.export.layouts):
+        for layout in layouts(recipe, self.family):
             tensors, described = adapter.export_state(layout)
             path = self._path(layout)
             cast = cast_tensors(tensors, dtype, path.name)
@@ -183,6 +211,7 @@ class _Work:
             described,
             self.resolution,
             count=self.pictures,
+            step=self.step,
             **method,
         )
 
@@ -206,12 +235,21 @@ class _Work:
             bytes=path.stat().st_size,
             sha256=sha256(path),
             parity=parity,
-            diffusers=layout != BUNDLE and read_by_diffusers(tensors),
+            diffusers=layout != BUNDLE
+            and read_by_diffusers(tensors, kohya=self.family.kohya_by_diffusers),
             word=word,
-            plain=modelcard.Plain(
-                type(self.family.pipeline()).__name__, dict(self.family.embedding_keys)
-            ),
+            plain=self._plain(),
         )
+
+    def _plain(self) -> modelcard.Plain:
+        pipeline = self.family.pipeline()
+        lacks = [
+            name
+            for name, component in pipeline.components.items()
+            if component is None and name not in pipeline._optional_components
+        ]
+        keys = dict(self.family.embedding_keys)
+        return modelcard.Plain(type(pipeline).__name__, keys, lacks)
 
 
 def write_card(

@@ -210,11 +210,12 @@ class Painter:
         if pixels is None:
             return self.family.default_resolution
         multiple = self.family.size_multiple
-        if pixels < multiple or pixels % multiple or pixels > 8192:
+        most = self.family.most_pixels
+        if pixels < multiple or pixels % multiple or pixels > most:
             near = max(multiple, round(pixels / multiple) * multiple)
             raise UserError(
-                f"{name}: {pixels} is not a multiple of {multiple} in {multiple} to 8192 pixels; "
-                f"the nearest is {min(near, 8192)}"
+                f"{name}: {pixels} is not a multiple of {multiple} in {multiple} to {most} pixels; "
+                f"the nearest is {min(near, most)}"
             )
         return pixels
 

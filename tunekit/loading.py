@@ -54,7 +54,7 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
     found = [load_words(family, path, words, not tensors)] if words else []
     if tensors or not found:
         grouped, unread = group(tensors)
-        if read_by_diffusers(tensors):
+        if read_by_diffusers(tensors, kohya=family.kohya_by_diffusers):
             # From the file, as people do it; of a bundle diffusers would refuse the words.
             source = str(path) if not words else dict(tensors)
             found.append(_by_diffusers(family, source, name, tensors))
@@ -65,14 +65,16 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
     return combined(found)
 
 
-def read_by_diffusers(names: Mapping[str, Any]) -> bool:
+def read_by_diffusers(names: Mapping[str, Any], *, kohya: bool = True) -> bool:
     """Say whether a file with tensors of these names is one for diffusers' own loader.
 
-    DoRA it reads in its own naming alone: of kohya's it leaves the magnitudes out.
+    DoRA it reads in its own naming alone: of kohya's it leaves the magnitudes out. kohya: whether
+    it reads kohya's for the base (`Family.kohya_by_diffusers`).
     """
     grouped, _ = group(names)
     return all(
-        parts.keys() <= _READ_BY_DIFFUSERS and not ("magnitude" in parts and is_kohya(name))
+        parts.keys() <= _READ_BY_DIFFUSERS
+        and not (is_kohya(name) and ("magnitude" in parts or not kohya))
         for name, parts in grouped.items()
     )
 

@@ -30,11 +30,12 @@ class Plain:
     """What people who draw with plain diffusers have to know of the base.
 
     pipeline: its class. encoders: text encoder -> what a file of a word calls its vectors, where
-    there are several.
+    there are several. lacks: what the pipeline could have and the base has not.
     """
 
     pipeline: str = "StableDiffusionPipeline"
     encoders: Mapping[str, str] = field(default_factory=dict)
+    lacks: Sequence[str] = ()
 
 
 def file_metadata(
@@ -43,14 +44,15 @@ def file_metadata(
     described: Mapping[str, str],
     resolution: int,
     count: int | None = None,
+    step: int | None = None,
     method: str = "/lora",
 ) -> dict[str, str]:
     """Return an adapter file's metadata: strings, as safetensors wants them.
 
     facts: what the family says of the base. described: what the adapter says of its tensors.
-    resolution: edge of the training pictures in pixels. count: how many pictures taught it.
-    method: what the specification puts behind the architecture; it has one word for every kind of
-    adapter.
+    resolution: edge of the training pictures in pixels. count: how many pictures taught it. step:
+    after how many steps it was made, which may be fewer than the run took. method: what the
+    specification puts behind the architecture; it has one word for every kind of adapter.
     """
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     name, train = base_name(recipe), recipe.train
@@ -77,6 +79,8 @@ def file_metadata(
     }
     if count is not None:
         metadata["ss_num_train_images"] = str(count)
+    if step is not None:
+        metadata["ss_steps"] = str(step)
     clean = {key: without_secrets(text) for key, text in metadata.items()}
     # Cleaned value by value, because what is cut from JSON as a text may be no JSON afterwards.
     clean["tunekit.recipe"] = json.dumps(travelling(recipe), ensure_ascii=False, sort_keys=True)
@@ -234,6 +238,7 @@ def _by_diffusers(
     pipeline, load = "DiffusionPipeline", "from_pretrained"
     if base.endswith(".safetensors"):
         pipeline, load = plain.pipeline, "from_single_file"
+    without = "".join(f", {name}=None" for name in plain.lacks)
     file, words = files
     loaded = [line for word, name in words for line in _word_by_diffusers(word, name, plain)]
     if recipe.adapter is not None:
@@ -244,7 +249,7 @@ def _by_diffusers(
     return [
         *imports,
         "",
-        f"pipe = {pipeline}.{load}({where})",
+        f"pipe = {pipeline}.{load}({where}{without})",
         *loaded,
         "picture = pipe(",
         f"    {json.dumps(prompt, ensure_ascii=False)},",

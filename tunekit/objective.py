@@ -55,7 +55,7 @@ def _faults(objective: Objective, schedule: Schedule) -> Iterator[str]:
         for key in WEIGHTINGS:
             if getattr(objective, key):
                 yield f"{key}: {FLOW_HAS_NO_WEIGHT}"
-        if objective.resolution_shift and schedule.cells is None:
+        if objective.resolution_shift and schedule.cells is None and schedule.shifts is None:
             yield "resolution_shift: this base does not say for which size its timesteps are made"
     else:
         for key, off in (("shift", 1.0), ("resolution_shift", False)):
@@ -103,6 +103,14 @@ def _table(objective: Objective, count: int, shift: float) -> timesteps.Array:
     )
 
 
+def _shift(schedule: FlowSchedule, cells: int) -> float:
+    """Return how far a picture of so many latent cells moves the timesteps towards the noise."""
+    if schedule.shifts is not None:
+        return schedule.shifts(cells)
+    assert schedule.cells is not None
+    return timesteps.resolution_shift(cells, schedule.cells)
+
+
 class Goal:
     """An objective on a base's schedule. Raises UserError as `check` does.
 
@@ -127,8 +135,7 @@ class Goal:
         shifts = [1.0] * len(cells)
         if self.objective.resolution_shift:
             assert isinstance(self.schedule, FlowSchedule)
-            assert self.schedule.cells is not None
-            shifts = [timesteps.resolution_shift(one, self.schedule.cells) for one in cells]
+            shifts = [_shift(self.schedule, one) for one in cells]
         tables = [_table(self.objective, len(self.schedule), shift) for shift in shifts]
         return timesteps.draw(tables, generator)
 

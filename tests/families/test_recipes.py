@@ -6,15 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 
 import tunekit
+from tunekit import families
 from tunekit.errors import UserError
 from tunekit.progress import Silent
 from tunekit.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 # Recipe -> the family it is for, and that family's usual resolution.
-RECIPES = {"sd15-character-lora": ("sd", 512), "sdxl-character-lora": ("sdxl", 1024)}
+RECIPES = {
+    "sd15-character-lora": ("sd", 512),
+    "sdxl-character-lora": ("sdxl", 1024),
+    "sd35-character-lora": ("sd3", 1024),
+}
 
 
 def path_of(name: str) -> Path:
@@ -72,7 +78,7 @@ def test_its_settings_teach_together(
         f"base.model={tiny_folder(family)}",
         "base.variant=null",
         "data.resolution=32",
-        "data.buckets.step=8",
+        f"data.buckets.step={families.get(family).size_multiple}",
         "train.steps=2",
         "train.warmup_steps=1",
         "train.learning_rate=1e-2",
@@ -85,5 +91,5 @@ def test_its_settings_teach_together(
         *(f"evaluate.{key}={value}" for key, value in judges.items()),
     ]
     run = tunekit.train(path_of(name), small, out=tmp_path / "run", reporter=Silent())
-    assert [file.layout for file in run.files] == ["diffusers", "kohya"]
+    assert [file.layout for file in run.files] == list(tiny.FAMILIES[family].layouts)
     assert not any(file.parity.error > 0.1 for file in run.files)

@@ -93,7 +93,7 @@ class Targeted(AdapterSettings):
     def components(self, family: Family) -> dict[str, nn.Module]:
         """Return the components that change, by name; the denoiser first."""
         found = {"denoiser": family.denoiser}
-        return found | (family.text_encoders if self.text_encoder else {})
+        return found | (family.teachable if self.text_encoder else {})
 
     def choose(self, family: Family) -> dict[str, list[str]]:
         """Return the names of the Linears and convolutions that change, by component.
@@ -106,7 +106,7 @@ class Targeted(AdapterSettings):
         for component, module in self.components(family).items():
             text = component != "denoiser"
             key = "adapter.text_encoder_targets" if text else "adapter.targets"
-            presets = family.text_presets(component) if text else family.lora_presets
+            presets = family.text_presets(component) if text else family.presets
             fallback = self.targets if isinstance(self.targets, str) else "attention"
             chosen = (self.text_encoder_targets or fallback) if text else self.targets
             patterns = presets[chosen] if isinstance(chosen, str) else chosen

@@ -70,7 +70,7 @@ class FullSettings(Targeted):
         for component, module in self.components(family).items():
             owners = {n: m for n, m in module.named_modules() if _own(m)}
             if component == "denoiser":
-                chosen, presets, key = self.targets, family.lora_presets, "adapter.targets"
+                chosen, presets, key = self.targets, family.presets, "adapter.targets"
                 if chosen == "all":
                     plan[component] = sorted(owners)
                     continue

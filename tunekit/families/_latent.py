@@ -44,6 +44,8 @@ class Latent(Family):
     """How many tokens a text encoder is given that would take any number of them, such as T5."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Text encoders that a base of this family may lack."""
+    learns_words: ClassVar[bool] = True
+    """Whether new words can be put beside the vocabularies and into files that clients read."""
     denoiser_part: ClassVar[str] = "unet"
     """The denoiser's diffusers name."""
     clip_back: ClassVar[int | None] = None
@@ -124,7 +126,7 @@ class Latent(Family):
     def _check_clip_skip(self, skip: int) -> None:
         if self.clip_back is None:
             raise UserError(f"base.clip_skip: means nothing to {self.label}; leave it out")
-        configs: list[Any] = [encoder.config for encoder in self.text_encoders.values()]
+        configs: list[Any] = [encoder.config for encoder in self.teachable.values()]
         layers = min(config.num_hidden_layers for config in configs)
         most = layers - 1 - self.clip_back
         if skip > most:
@@ -154,7 +156,7 @@ class Latent(Family):
             cls.size_multiple,
             cls.resolution(folder),
             lambda prompt: _text.unread(made, prompt),
-            made,
+            made if cls.learns_words else {},
         )
 
     @classmethod
@@ -236,9 +238,10 @@ class Latent(Family):
 
     @property
     def tokenizers(self) -> Mapping[str, Any]:
-        return dict(self._tokenizers)
+        return dict(self._tokenizers) if self.learns_words else {}
 
     def use_tokenizer(self, encoder: str, tokenizer: Any) -> None:
+        assert self.learns_words, self.label
         assert encoder in self._tokenizers, encoder
         self._tokenizers[encoder] = tokenizer
 

@@ -46,6 +46,8 @@ SCHEDULERS: Mapping[str, str] = {
     "lms": "LMSDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# The same where the base is a flow, whose levels of noise other classes do not know.
+FLOW_SCHEDULERS: Mapping[str, str] = {"euler": "FlowMatchEulerDiscreteScheduler"}
 # Names that stand for a class with settings of its own.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"dpm++_2m_karras": {"use_karras_sigmas": True}}
 
@@ -108,6 +110,12 @@ class Family(ABC):
     """The same for text encoders."""
     embedding_keys: ClassVar[Mapping[str, str]] = {}
     """Text encoder -> what files of new words call its vectors; empty where there is only one."""
+    unwritten: ClassVar[Mapping[str, str]] = {}
+    """Layout -> why what another layout can carry is not written in it."""
+    kohya_by_diffusers: ClassVar[bool] = True
+    """Whether diffusers' loader for this family takes LoRA by the names of the kohya layout."""
+    most_pixels: int = 8192
+    """The longest edge that is drawn."""
 
     device: torch.device
     dtype: torch.dtype
@@ -165,6 +173,19 @@ class Family(ABC):
     @abstractmethod
     def text_encoders(self) -> dict[str, nn.Module]:
         """The text encoders by their diffusers names, loaded if they are not in memory."""
+
+    @property
+    def presets(self) -> Mapping[str, tuple[str, ...]]:
+        """`lora_presets` for this base, without modules whose output nobody reads.
+
+        What is there could learn nothing.
+        """
+        return self.lora_presets
+
+    @property
+    def teachable(self) -> dict[str, nn.Module]:
+        """The text encoders that adapters may change, by their diffusers names."""
+        return self.text_encoders
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -296,9 +317,11 @@ def make_scheduler(default: Any, name: str | None) -> Any:
     if name is None:
         return type(default).from_config(default.config)
     known = {kind.__name__: kind for kind in [type(default), *default.compatibles]}
-    kind = known.get(SCHEDULERS.get(name.lower(), name))
+    flow = type(default).__name__ in FLOW_SCHEDULERS.values()
+    named = FLOW_SCHEDULERS if flow else SCHEDULERS
+    kind = known.get(named.get(name.lower(), name))
     if kind is None:
-        words = [word for word, target in SCHEDULERS.items() if target in known]
+        words = [word for word, target in named.items() if target in known]
         raise UserError(
             f'there is no scheduler "{name}" for this base{did_you_mean(name, [*words, *known])}; '
             f"there is: {', '.join(words)}, or a diffusers class name"

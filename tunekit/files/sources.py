@@ -91,9 +91,9 @@ def targets(family: Family, preset: str) -> set[Place]:
     kinds = (nn.Linear, nn.Conv2d)
     found = {
         ("denoiser", name)
-        for name in match_modules(family.denoiser, family.lora_presets[preset], kinds, "--targets")
+        for name in match_modules(family.denoiser, family.presets[preset], kinds, "--targets")
     }
-    for encoder, module in family.text_encoders.items():
+    for encoder, module in family.teachable.items():
         patterns = family.text_lora_presets[preset]
         found |= {(encoder, n) for n in match_modules(module, patterns, kinds, "--targets")}
     return found

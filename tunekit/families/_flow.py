@@ -1,0 +1,130 @@
+"""What the families of rectified flow share: a transformer, levels of noise, names in files.
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunekit.errors import UserError
+from tunekit.families._latent import Latent
+from tunekit.modelfolder import ModelFolder, loading
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from tunekit.diffusion import FlowSchedule
+    from tunekit.schema import Base
+
+_TEXT_ATTENTION = (r"self_attn\.(q|k|v|out)_proj",)
+_TEXT_MLP = (r"mlp\.fc[12]",)
+HIDDEN = "encoder_hidden_states"
+"""The key of the prompt's states, and the transformer's argument that takes them."""
+POOLED = "pooled_projections"
+"""The same of the pooled embeddings."""
+
+
+class Flow(Latent):
+    """A transformer that predicts the velocity of a rectified flow, over latents of 16 channels.
+
+    Prompts go through CLIP and T5; adapters may change the CLIPs alone, because no client reads a
+    file for T5.
+    """
+
+    latent_channels = 16
+    size_multiple = 16
+    denoiser_part = "transformer"
+    learns_words = False
+    kohya_by_diffusers = False
+    unwritten: ClassVar[Mapping[str, str]] = {
+        "kohya": "sd-scripts joins the three matrices of an attention here into one, which tunekit "
+        "does not write; ComfyUI and diffusers read the diffusers layout"
+    }
+    text_lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": _TEXT_ATTENTION,
+        "attention+mlp": _TEXT_ATTENTION + _TEXT_MLP,
+        "full": _TEXT_ATTENTION + _TEXT_MLP,
+    }
+    schedule: FlowSchedule
+    described: Mapping[str, Any]
+    """The denoiser's configuration, as the folder has it."""
+
+    def __init__(self, base: Base, device: torch.device, folder: ModelFolder) -> None:
+        self.described = folder.configs[self.denoiser_part]
+        super().__init__(base, device, folder)
+
+    @classmethod
+    def _read_tokenizers(cls, folder: ModelFolder) -> dict[str, Any]:
+        if folder.weights is not None:
+            raise UserError(
+                f"base.model: {folder.label} is one file, and a base of this family is read from a "
+                "diffusers folder or a Hub id: name one"
+            )
+        return super()._read_tokenizers(folder)
+
+    def read_schedule(self) -> FlowSchedule:
+        """Return the levels of noise that the scheduler's configuration has, with its own shift.
+
+        Level t of T is sigma = s (t + 1) / (T + (s - 1) (t + 1)) with the shift s (Esser et al.
+        2024, eq. 23); a base that shifts by the size of what it draws has s = 1 here.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        from tunekit.diffusion import FlowSchedule
+
+        where, config = "scheduler/scheduler_config.json", self.scheduler.config
+        if not type(self.scheduler).__name__.startswith("FlowMatch"):
+            raise UserError(
+                f"{self.label}: {where} is {type(self.scheduler).__name__}, which does not say the "
+                "noise levels of a flow; it needs FlowMatchEulerDiscreteScheduler"
+            )
+        if config.get("invert_sigmas"):
+            raise UserError(f"{self.label}: {where} counts its noise backwards (invert_sigmas)")
+        if not config.get("shift", 1.0) > 0:
+            raise UserError(f"{self.label}: {where} says shift {config['shift']}: it is above 0")
+        with loading(f"{self.label}: {where}"):
+            trained = FlowMatchEulerDiscreteScheduler.from_config(config)
+        sigmas = trained.sigmas.flip(0).float().contiguous()
+        return FlowSchedule(sigmas, self.right_cells(), self.shifts())
+
+    def right_cells(self) -> int | None:
+        """Return the latent cells (h * w) at which the levels are right as they are."""
+        return None
+
+    def shifts(self) -> Callable[[int], float] | None:
+        """Return latent cells -> the shift that the base itself draws with; None: it does not."""
+        return None
+
+    def levels(self, timesteps: Tensor) -> Tensor:
+        """Return the share of noise at `timesteps` [B], as told to the denoiser: [B] float32."""
+        at: Tensor = self.schedule.sigmas.to(self.device)[timesteps.to(self.device)]
+        return at
+
+    @property
+    def teachable(self) -> dict[str, nn.Module]:
+        return {
+            name: encoder
+            for name, encoder in self.text_encoders.items()
+            if self.kinds[name].startswith("CLIP")
+        }
+
+    def client_name(self, layout: str, component: str, module: str) -> str:
+        name = module
+        if component == "denoiser":
+            folder = self.denoiser_part
+        else:
+            folder = component
+            # transformers 5 dropped this level from CLIPTextModel; every client still looks for it.
+            top = ("text_model.", "text_projection")
+            if self.kinds[component].startswith("CLIP") and not module.startswith(top):
+                name = f"text_model.{module}"
+        if layout == "diffusers":
+            return f"{folder}.{name}"
+        if layout == "kohya":
+            # As OneTrainer writes them and ComfyUI reads them: diffusers' modules by their names.
+            number = [*self.tokenizer_kinds].index(component) + 1 if folder == component else 0
+            return f"lora_{f'te{number}' if number else folder}_{name.replace('.', '_')}"
+        raise UserError(f'export.layouts: {self.label} is not written as "{layout}"')
