@@ -19,15 +19,22 @@ if TYPE_CHECKING:
 # Read when torch starts its threads. Threads that spin while they wait for each other bring a busy
 # machine to a standstill: beside other work, one picture took 8 minutes instead of 5 seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# bitsandbytes and torchao, which peft and diffusers import where they are installed, would tell of
-# kernels they do without; torch and diffusers of what torchao is behind with.
-for _talkative in (
-    "bitsandbytes.backends.cpu.ops",
-    "diffusers.quantizers.torchao.torchao_quantizer",
-    "torch.utils._pytree",
-    "torchao",
-):
-    logging.getLogger(_talkative).setLevel(logging.ERROR)
+# What the libraries say when they are imported, of kernels they do without and of each other's
+# versions: nothing that a user could do anything about. Whatever else they say is shown.
+_HELD_BACK = {
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor",),
+    "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
+    "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
+}
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    return not any(words in str(record.msg) for words in _HELD_BACK[record.name])
+
+
+for _name in _HELD_BACK:
+    logging.getLogger(_name).addFilter(_is_worth_showing)
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "load", "train"]
