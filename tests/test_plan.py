@@ -124,9 +124,8 @@ def test_the_optimizers_state_is_as_large_as_it_is_said(name: str) -> None:
     import torch
     from torch import nn
 
-    from tunekit.optim import ParameterGroup, build_optimizer
+    from tunekit.optim import ParameterGroup, build_optimizer, state_bytes
     from tunekit.optim.state import members
-    from tunekit.plan.states import state_bytes
 
     train = recipe(train={"optimizer": name}).train
     shapes = [(64, 64), (128, 96), (8, 16), (32, 16, 3, 3), (70,), (5000,)]

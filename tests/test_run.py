@@ -194,12 +194,21 @@ def test_what_can_be_known_beforehand_leaves_nothing_behind(
 
 
 def test_too_little_room_is_said_beforehand(
-    tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tree: Callable[..., Tree], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     with pytest.raises(UserError, match=r"needs about \d+ MB and the disk has 1 MB free"):
         tunekit.train(tree(), out=tmp_path / "run", reporter=Silent())
+    many = tree(train={"steps": 100_000, "checkpoint_every": 1})
+    with pytest.raises(UserError) as caught:
+        tunekit.train(many, out=tmp_path / "run", reporter=Silent())
+    said = re.search(r"needs about ([\d,]+) MB", str(caught.value))
+    assert said is not None
+    saved = checkpoint.read(run.folder / "checkpoints" / "step-000004").tensors
+    one = sum(t.numel() * t.element_size() for t in saved["adapter"].values())
+    # With what the optimizer keeps: two numbers for each that trains.
+    assert int(said[1].replace(",", "")) == pytest.approx(3 * one * 100_000 / 1e6, rel=0.02)
     assert not (tmp_path / "run").exists()
 
 

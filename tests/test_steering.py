@@ -171,6 +171,8 @@ class TestBest:
         assert f"the files are those of step {best}" in run.report.read_text()
         card = (run.folder / "export" / "README.md").read_text()
         assert f"| made after step | {best} of 5: its samples were the most alike |" in card
+        _, metadata = checkpoint.read_safetensors(run.files[0].path)
+        assert (metadata["ss_steps"], metadata["ss_max_train_steps"]) == (str(best), "5")
 
     def test_it_is_chosen_the_same_after_a_stop(
         self, overdone: tuple[Run, Told], tmp_path: Path

@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from test_train import Load, Pictures, assert_equal, attach, settings, untimed
 
 from tunekit.errors import UserError
+from tunekit.optim import saved_bytes
 from tunekit.train import Loop, TrainingError
 
 
@@ -69,6 +70,20 @@ def test_between_steps_the_average_draws(load_tiny: Load, way: str, differ: bool
         assert any(
             not torch.equal(state["adapter"][k], state["trained"][k]) for k in state["trained"]
         )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_is_as_large_as_it_is_said(load_tiny: Load, way: str) -> None:
+    one, pictures = loop(load_tiny, **WAYS[way])
+    next(one.run(pictures))
+    held = 0
+    for name, tensors in one.state().items():
+        for key, tensor in tensors.items():
+            # Tables of 256 numbers are as good as nothing; a step's count is a number.
+            counts = name != "optimizer" or (key.startswith("tensor/") and tensor.ndim)
+            if name != "guards" and counts and "qmap" not in key:
+                held += tensor.numel() * tensor.element_size()
+    assert sum(saved_bytes(one.settings, one.adapter.parameter_groups())) == held
 
 
 def test_an_average_does_not_change_what_is_trained(load_tiny: Load) -> None:

@@ -156,7 +156,8 @@ class Guards:
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state_tensors` returned. Raises UserError where it is none of that."""
         own = self.state_tensors()
-        if own.keys() != state.keys() or state["counts"].shape != own["counts"].shape:
+        lists = all(values.ndim == 1 for values in state.values())
+        if own.keys() != state.keys() or not lists or state["counts"].shape != own["counts"].shape:
             raise UserError("the saved state of the guards is missing, or not what is kept now")
         self.spikes.load_state({name: values.tolist() for name, values in state.items()})
         self.skips, spiking, *pulse = state["counts"].tolist()

@@ -63,14 +63,16 @@ def find(
     needed = NEEDED.union(sets)
     if former.recipe.train.ema is not None:  # without these an average would begin anew, unsaid
         needed |= {"ema", "trained"} if former.recipe.train.ema_export else {"ema"}
+    if former.recipe.train.optimizer == "schedulefree_adamw":  # it draws with others than it trains
+        needed |= {"trained"}
     if missing := sorted(needed - saved.tensors.keys()):
         raise UserError(
             f"{folder}: has no {' and no '.join(missing)} state, so nothing can go on from here as "
             "if it had not been stopped; take another checkpoint"
         )
     step = saved.meta.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise UserError(f"{folder}: does not say after which step it was saved")
+    if type(step) is not int or step != checkpoint.step_of(folder):
+        raise UserError(f"{folder}: does not say that it was saved after the step of its name")
     steps = recipe.train.steps
     if step > steps or (step == steps and finished):
         raise UserError(

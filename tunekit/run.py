@@ -117,6 +117,7 @@ def train(
             compare_pictures(writer.path, prepared.manifest(), allow_changed)
         session = _Session(resolved, writer, reporter, prepared, wish, point)
         writer.check_space(session.space_needed())
+        session.course.prepare()
         session.seconds["preparing"] = time.monotonic() - began
         with writer.claim(overwrite, point.step if point else None) as killed:
             if killed is not None:
@@ -180,16 +181,31 @@ class _Session:
         self.parameters = self.prepared.adapter.parameter_count()
         self.start = self.point.step if self.point else 0
         self.keeper = Keeper(self.writer.path, self.start, self.recipe.train.steps)
+        self.course = Course(
+            self.recipe,
+            self.writer,
+            self.reporter,
+            self.prepared,
+            self.wish,
+            self.samples,
+            self.keeper,
+            self.point,
+        )
 
     def space_needed(self) -> int:
-        """Return about how many bytes the run will write: checkpoints, export, pictures."""
+        """Return about how many bytes the run has yet to write: checkpoints, files, pictures."""
+        from tunekit.optim import saved_bytes
+
         train = self.recipe.train
-        saved = math.ceil(train.steps / (train.checkpoint_every or train.steps)) + 1
+        each = sum(saved_bytes(train, self.prepared.adapter.parameter_groups()))
+        left = train.steps - self.start
+        saved = math.ceil(left / (train.checkpoint_every or train.steps)) + train.keep_best
         if train.keep_last is not None:
             apart = train.steps // train.keep_every if train.keep_every else 0
             saved = min(saved, train.keep_last + apart + train.keep_best + 1)
         pictures = 3 * self.prepared.resolution**2 * (4 * len(self.question.prompts) + 16)
-        return 4 * self.parameters * saved + pictures + 5_000_000
+        files = 2 * 4 * self.parameters  # in two layouts, if not more
+        return each * saved + files + pictures + 5_000_000
 
     def run(self) -> Run:
         """Train, export, evaluate and report in the claimed folder."""
@@ -203,12 +219,11 @@ class _Session:
         refused: ExportError | None = None
         with Log(self.writer.path, self.start if self.point else None) as log:
             with self._timed("training"):
-                course = self._course()
-                course.train(log)
-                step = course.choose(log)
+                self.course.train(log)
+                step = self.course.choose(log)
             with self._timed("exporting"):
                 try:
-                    files = self._export()
+                    files = self._export(step)
                 except ExportError as error:
                     refused = error
                     self.prepared.notes.append(f"no adapter file came out: {error}")
@@ -234,19 +249,7 @@ class _Session:
             raise refused
         return Run(self.writer.path, self.recipe, evaluation.scores, files)
 
-    def _course(self) -> Course:
-        return Course(
-            self.recipe,
-            self.writer,
-            self.reporter,
-            self.prepared,
-            self.wish,
-            self.samples,
-            self.keeper,
-            self.point,
-        )
-
-    def _export(self) -> list[ExportedFile]:
+    def _export(self, step: int) -> list[ExportedFile]:
         from tunekit.export import export_adapter
 
         ready = self.prepared
@@ -257,6 +260,7 @@ class _Session:
                 self.recipe,
                 self.writer.path / EXPORT,
                 pictures=len(ready.sheet.examples),
+                step=step,
             )
             tick("verified")
         return files

@@ -50,19 +50,38 @@ class Course:
         self.start = self.done = self.point.step if self.point else 0
         self._doing = "in training"
         self._judge = keeping.SampleJudge(self.recipe.evaluate, *self.prepared.references)
+        self._loop: Loop | None = None
 
-    def train(self, log: Log) -> None:
-        """Take every step that is left; Interrupted after one that was asked to be the last.
+    def prepare(self) -> None:
+        """Build the loop, and have it stand where the run goes on; nothing is written.
 
-        Raises TrainingError where a guard stops it, OutOfMemoryError, and UserError for what else
-        the user can mend.
+        Raises UserError where the machine cannot train so, and, naming the checkpoint, where that
+        does not fit what trains.
         """
         from tunekit.train import Loop
 
         settings, ready = self.recipe.train, self.prepared
         encode = ready.family.encode_prompt if ready.adapter.trains_text_encoder else None
         with self._memory_told():
-            loop = Loop(ready.family, ready.adapter, settings, encode=encode)
+            self._loop = Loop(ready.family, ready.adapter, settings, encode=encode)
+            if self.point is None:
+                return
+            try:
+                self._loop.load_state(self.point.saved.tensors)
+            except UserError as error:
+                raise UserError(f"{self.point.folder}: {error}; take another checkpoint") from None
+            self.point.saved.tensors.clear()  # as large as all that the loop itself holds
+
+    def train(self, log: Log) -> None:
+        """Take every step that is left; Interrupted after one that was asked to be the last.
+
+        To be asked once, after `prepare`. Raises TrainingError where a guard stops it,
+        OutOfMemoryError, and UserError for what else the user can mend.
+        """
+        settings, ready = self.recipe.train, self.prepared
+        loop, self._loop = self._loop, None  # what it holds goes when the training ends
+        assert loop is not None, "nothing is prepared"
+        with self._memory_told():
             if self.point is not None:
                 self._take_up(self.point, loop, log)
             elif settings.sample_every:
@@ -93,8 +112,7 @@ class Course:
         return best
 
     def _take_up(self, point: Point, loop: Loop, log: Log) -> None:
-        """Be where the run was when `point` was saved."""
-        loop.load_state(point.saved.tensors)
+        """Show what the run showed until `point` was saved, and what it had yet to show."""
         self.samples.recall(point.step)
         self._note(f"went on from {point.folder.name}; times are those of the last part alone")
         self._prune(log)
@@ -116,7 +134,8 @@ class Course:
                 last, asked = record.step == settings.steps, self.wish.number
                 if record.noticed:
                     self.reporter.note(record.noticed)
-                if last or record.noticed or record.step % settings.log_every == 0:
+                odd = record.noticed or record.skipped or record.spike is not None
+                if last or odd or record.step % settings.log_every == 0:
                     log.step(record)
                 if last or asked or _due(record.step, settings.checkpoint_every):
                     self._save(record.step, loop, log)

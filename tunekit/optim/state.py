@@ -7,7 +7,8 @@ torch's own `load_state_dict` turns every state tensor into the parameter's numb
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import UserError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Python's numbers are written as tensors that hold them exactly.
 _KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+# What has a number for each of its parameter's, by the names that the optimizers give it.
+_ALIKE = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2", "z"})
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -58,6 +61,8 @@ def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> Non
     parts = list(members(optimizer))
     parameters = [list(_parameters(one)) for one in parts]
     for key in state.keys() - said.keys():
+        _refuse_misfit(key, state[key], parts, parameters)
+    for key in state.keys() - said.keys():
         kind, member, place, name = _parsed(key)
         if kind.startswith("group-"):
             parts[member].param_groups[place][name] = _value(kind, state[key], None)
@@ -78,6 +83,23 @@ def _belonging(optimizer: Optimizer) -> dict[str, Tensor]:
             shape = torch.tensor(parameter.shape or (1,), dtype=torch.int64)
             found[f"shape/{member}.{place}"] = shape
     return found
+
+
+def _refuse_misfit(
+    key: str, value: Tensor, parts: Sequence[Optimizer], parameters: Sequence[Sequence[Tensor]]
+) -> None:
+    """Raise UserError for a tensor under a name that was never written, or of another size."""
+    fits = re.fullmatch(r"(group-)?(tensor|bool|int|float)/\d+\.\d+\..+", key) is not None
+    if fits:
+        kind, member, place, name = _parsed(key)
+        held = [one.param_groups for one in parts] if kind.startswith("group-") else parameters
+        fits = member < len(held) and place < len(held[member])
+        if fits and kind == "tensor" and name in _ALIKE:
+            fits = value.numel() == parameters[member][place].numel()
+        elif not kind.endswith("tensor"):
+            fits = fits and value.numel() == 1
+    if not fits:
+        raise UserError(f"the saved optimizer state does not fit: {key} is none of this recipe's")
 
 
 def _parsed(key: str) -> tuple[str, int, int, str]:

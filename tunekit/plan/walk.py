@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tunekit.optim import saved_bytes, state_bytes
 from tunekit.plan.ledger import GRADIENTS, Ledger
-from tunekit.plan.states import state_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,16 +174,13 @@ class _Run:
     def save(self) -> None:
         """Copy all that a checkpoint holds; what draws is another copy where it is an average."""
         settings, ledger = self.recipe.train, self.ledger
-        state = state_bytes(settings, self.outline.groups)
         averaged = settings.optimizer == "schedulefree_adamw" or (
             settings.ema is not None and settings.ema_export
         )
         with ledger.phase(SAVING):
             if averaged:
                 ledger.keep(AVERAGE, self.sizes)
-            copies = [*self.sizes, *state, *(self.sizes if averaged else [])]
-            copies += self.sizes if settings.ema is not None else []
-            ledger.keep(_COPIES, copies)
+            ledger.keep(_COPIES, saved_bytes(settings, self.outline.groups))
             ledger.drop(_COPIES)
 
     def export(self) -> None:

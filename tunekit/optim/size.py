@@ -1,12 +1,13 @@
-"""How many bytes an optimizer keeps for a parameter, by its name in the recipe."""
+"""How many bytes an optimizer keeps for a parameter, and a checkpoint for all of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tunekit.optim import ParameterGroup
+    from tunekit.optim.build import ParameterGroup
     from tunekit.schema import Train
 
 _FLOAT = 4
@@ -16,13 +17,22 @@ _WHOLE = {"adamw": 2, "schedulefree_adamw": 2, "lion": 1, "prodigy": 4}
 _EIGHT = {"adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
 
 
-def state_bytes(train: Train, groups: list[ParameterGroup]) -> list[int]:
+def state_bytes(train: Train, groups: Sequence[ParameterGroup]) -> list[int]:
     """Return the bytes of each tensor of the state, after the first step."""
     found = []
     for group in groups:
         for parameter in group.parameters:
             found += _of(train, tuple(parameter.shape), group.rows)
     return found
+
+
+def saved_bytes(train: Train, groups: Sequence[ParameterGroup]) -> list[int]:
+    """Return the bytes of each tensor of a checkpoint: weights that draw and train, and states."""
+    weights = [_FLOAT * p.numel() for group in groups for p in group.parameters]
+    averaged = train.ema is not None and train.ema_export
+    both = train.optimizer == "schedulefree_adamw" or averaged  # others draw than train
+    copies = 1 + both + (train.ema is not None)
+    return [*weights * copies, *state_bytes(train, groups)]
 
 
 def _of(train: Train, shape: tuple[int, ...], rows: bool) -> list[int]:
