@@ -139,8 +139,13 @@ def in_order(rows: Mapping[str, Any]) -> dict[str, Any]:
     return {name: rows[name] for name in METHODS if name in rows}
 
 
+NOTHING = "With the bundled models of this version nothing of it has been measured yet."
+
+
 def table(rows: Mapping[str, Any]) -> list[str]:
-    """Return the table in Markdown."""
+    """Return the table in Markdown, or the sentence that there is none."""
+    if not rows:
+        return [NOTHING]
     heads = "method | steps | likeness | fidelity | diversity | leak | drift | trains | file | "
     heads += "time | memory"
     lines = [f"| {heads} |", "|---|" + "--:|" * heads.count("|")]
@@ -164,6 +169,8 @@ def table(rows: Mapping[str, Any]) -> list[str]:
 
 def verdicts(rows: Mapping[str, Any]) -> list[str]:
     """Return what was expected and what came of it, in Markdown."""
+    if not rows:
+        return [NOTHING]
     lines = ["| expected | measured | |", "|---|---|---|"]
     for one in EXPECTED:
         if all(name in rows for name in one.needs):
