@@ -45,6 +45,8 @@ def recipe(**sections: Any) -> Recipe:
         {"adapter": {"text_encoder": True, "text_encoder_rank": 4}},
         {"adapter": {"kind": "full"}, "train": {"ema": 0.99, "batch_size": 9}},
         {"train": {"optimizer": "prodigy", "gradient_accumulation": 3}},
+        {"train": {"optimizer": "muon", "betas": [0.9, 0.95]}},
+        {"train": {"optimizer": "adamw", "optimizer_args": {"amsgrad": True}}},
         {"data": {"resolution": 768, "trigger": "<zorp>"}, "tokens": PIVOTAL},
     ],
 )

@@ -14,7 +14,7 @@ import tunekit
 from tunekit import checkpoint
 from tunekit.errors import UserError
 from tunekit.progress import Silent
-from tunekit.recipe import dump_yaml, recipe_from
+from tunekit.recipe import Recipe, dump_yaml, recipe_from
 from tunekit.resume import find
 from tunekit.run import Run
 
@@ -101,3 +101,27 @@ def test_a_checkpoint_of_another_step_than_its_name_says(
     with pytest.raises(UserError, match=r"step-000004: does not say .* the step of its name"):
         tunekit.train(tree(train={"steps": 6}), out=out, reporter=Silent(), resume=True)
     assert last.is_dir()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"schedule": "cosine"}},
+        {"data": {"trigger": "<zorp>"}, "tokens": [{"name": "<zorp>", "stop_at": 0.5}]},
+    ],
+)
+def test_more_steps_change_the_past_where_it_hangs_on_them(
+    tree: Callable[..., Tree], tmp_path: Path, sections: Tree
+) -> None:
+    def made(steps: int) -> Recipe:
+        trained = {**sections.get("train", {}), "steps": steps, "sample_every": 0}
+        recipe: Any = tree(data=sections.get("data", {}), train=trained)
+        return recipe_from(recipe | {"tokens": sections.get("tokens", [])})
+
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(made(4)))
+    tensors = {name: {"a": torch.ones(1)} for name in ("adapter", "optimizer", "guards")}
+    checkpoint.save(tmp_path / "checkpoints" / "step-000002", tensors, {"step": 2})
+    assert find(tmp_path, None, made(4), False, finished=False).step == 2
+    with pytest.raises(UserError, match=r"train\.steps: 4 -> 8\n.*would have been others"):
+        find(tmp_path, None, made(8), False, finished=False)
+    assert find(tmp_path, None, made(8), True, finished=False).step == 2

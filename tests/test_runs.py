@@ -231,3 +231,30 @@ class TestCommandLine:
         assert self.said(monkeypatch, capsys, "verify", "nowhere")[0] == 2
         assert self.said(monkeypatch, capsys, "nowhere")[0] == 2
         assert self.said(monkeypatch, capsys, "--help")[0] == 0
+
+
+STATE = {"outcome": "running", "pid": 1, "host": "h", "started": "", "updated": "", "step": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", json.dumps({**STATE, "steps": "many"})),
+        ("state.json", json.dumps({**STATE, "steps": 2, "updated": 7})),
+        ("scores.json", json.dumps({"scores": []})),
+        ("scores.json", json.dumps({"scores": {"likeness": {"closed": "half"}}})),
+        ("scores.json", json.dumps({"run": {"files": ["a.safetensors"]}})),
+        ("metrics.jsonl", '{"step": 1, "sample_likeness": "high"}\n'),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+    ],
+)
+def test_files_of_another_form_are_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / name).write_text(content)
+    [found] = runs.listed(tmp_path)
+    assert found.state == "unknown"
+    assert found.note is not None
+    assert name in found.note
+    assert runs.table([found])
+    [verified] = runs.verified(tmp_path)
+    assert any(name in fault for fault in verified.faults)

@@ -94,8 +94,11 @@ def _rounding(recipe: Recipe) -> Iterator[Advice]:
             "activations",
             "forward and backward passes round to 3 digits; slow on processors without bf16",
         )
-    if leaner := _LEANER.get(train.optimizer):
+    # Parameters of one optimizer are not another's.
+    if (leaner := _LEANER.get(train.optimizer)) and not train.optimizer_args:
         settings = [f"train.optimizer={leaner}"]
+        if leaner == "adafactor" and train.betas is not None:
+            settings.append("train.betas=null")  # it has none
         if train.optimizer == "prodigy":
             settings.append("train.learning_rate=1e-4")  # prodigy's is a factor on what it finds
         yield Advice(

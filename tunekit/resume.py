@@ -90,7 +90,9 @@ def compare_pictures(run: Path, now: Mapping[str, Mapping[str, str]], allow_chan
     path = run / PICTURES
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not (isinstance(before, dict) and all(isinstance(p, dict) for p in before.values())):
+            raise ValueError("it lists no pictures")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read, so nobody knows what was trained: {error}"
         ) from None
@@ -144,9 +146,12 @@ def _compare(former: Recipe, recipe: Recipe, allow_changed: bool) -> None:
         for key, values in _differences(
             former.model_dump(mode="json"), recipe.model_dump(mode="json")
         )
-        if key not in FREE
+        if key not in FREE or (key == "train.steps" and _hangs_on_steps(former))
     }
     lines = [f"  {key}: {old} -> {new}" for key, (old, new) in changed.items()]
+    if "train.steps" in changed:
+        why = "the learning rate, or when a word rests, hangs on how many steps there are"
+        lines.append(f"  ({why}: those that were taken would have been others)")
     fixed = [key for key in changed if any(key == f or key.startswith(f"{f}.") for f in FIXED)]
     if fixed:
         raise UserError(
@@ -158,6 +163,11 @@ def _compare(former: Recipe, recipe: Recipe, allow_changed: bool) -> None:
             "the recipe is not the one this run was started with; --allow-changed goes on with it "
             "all the same (the result is then that of neither):\n" + "\n".join(lines)
         )
+
+
+def _hangs_on_steps(recipe: Recipe) -> bool:
+    """Return whether earlier steps would have been others had the run been meant to be longer."""
+    return recipe.train.schedule != "constant" or any(t.stop_at < 1 for t in recipe.tokens)
 
 
 def _differences(

@@ -101,7 +101,6 @@ def hold(folder: Path) -> Iterator[Holder | None]:
         lock = (folder / LOCK).open("ab+", buffering=0)
     with lock:
         check(folder)
-        left = holder(folder)
         for patience in (True, True, True, False):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,6 +113,7 @@ def hold(folder: Path) -> Iterator[Holder | None]:
             except OSError:  # a disk that knows no locks: the name in the file is all there is
                 check(folder)
                 break
+        left = holder(folder)
         with disk_errors(folder):
             lock.truncate(0)
             lock.write(f"{json.dumps(asdict(Holder.me()))}\n".encode())

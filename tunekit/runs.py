@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tunekit import checkpoint, runlock, runstate
 from tunekit.errors import UserError
@@ -223,13 +223,32 @@ def _scores(folder: Path) -> dict[str, Any]:
     path = folder / SCORES
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("run", {}), dict):
+        if not _are_scores(found):
             raise ValueError("it holds no scores")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}") from None
     return found
+
+
+def _are_scores(found: object) -> TypeGuard[dict[str, Any]]:
+    """Return whether this is what a run writes, as far as it is looked at here."""
+
+    def part(value: object, key: str) -> object:
+        return value.get(key, {}) if isinstance(value, dict) else None
+
+    run, likeness = part(found, "run"), part(part(found, "scores"), "likeness")
+    if not isinstance(run, dict) or not isinstance(likeness, dict):
+        return False
+    files = run.get("files", [])
+    numbers = [likeness.get(key) for key in ("score", "closed")]
+    return (
+        isinstance(run.get("made", ""), str)
+        and isinstance(files, list)
+        and all(isinstance(file, dict) for file in files)
+        and all(value is None or type(value) in (int, float) for value in numbers)
+    )
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -50,7 +50,12 @@ def read(folder: Path) -> State | None:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told["outcome"] not in get_args(Outcome):
             raise ValueError(f"outcome is {told['outcome']!r}")
-        return State(**told)
+        state = State(**told)
+        for name, value in asdict(state).items():
+            kind = int if name in ("pid", "step", "steps") else str
+            if type(value) is not kind and not (name == "error" and value is None):
+                raise ValueError(f"{name} is {value!r}")
+        return state
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

@@ -141,8 +141,8 @@ class RunWriter:
         if free < needed:
             raise UserError(
                 f"{self.path}: the run needs about {math.ceil(needed / 1e6):,} MB and the disk has "
-                f"{free // 1_000_000:,} MB free; name another place with --out, or write fewer "
-                "checkpoints (train.checkpoint_every)"
+                f"{free // 1_000_000:,} MB free; name another place with --out, or keep fewer "
+                "checkpoints (train.checkpoint_every, train.keep_last)"
             )
 
     def write_text(self, name: str, text: str) -> Path:
@@ -292,9 +292,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
-        if not (isinstance(value, dict) and type(value.get("step")) is int):
+        fits = isinstance(value, dict) and type(value.get("step")) is int
+        if not (fits and type(value.get(LIKENESS, 0.0)) in (int, float)):
             raise UserError(f"{path}:{number}: is no step that a run logged; is the file damaged?")
         found.append(value)
     return found

@@ -107,7 +107,9 @@ def _times(recipe: Recipe, taken: list[float], preparing: float, picture: float)
     every = train.sample_every
     # Before the first step and after the last, and where they come round in between.
     times = 2 + (train.steps - 1) // every if every else 1
-    shown = min(len(question.prompts), SAMPLE_PROMPTS)
+    shown = len(question.prompts)
+    if not train.keep_best:  # which judges all of them
+        shown = min(shown, SAMPLE_PROMPTS)
     return Times(
         steps_taken=len(taken),
         step=step,
