@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -137,6 +140,39 @@ def tiny_sd3(folder: Path, t5: bool = True, shift: float = 3.0, layers: int = 2)
     return folder
 
 
+def tiny_flux(folder: Path, guided: bool = True, **scheduler: Any) -> Path:
+    """Save a FLUX.1 of 32-pixel pictures: dev, which is told its guidance, or schnell.
+
+    dev's levels of noise shift with the size of a picture; here by 3 at every size.
+    """
+    moves = {"base_shift": math.log(3), "max_shift": math.log(3)}
+    dynamic = {"use_dynamic_shifting": True, "shift": 3.0} | moves if guided else {"shift": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizers = tiny_tokenizer(), tiny_t5_tokenizer()
+        pipeline = FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                num_layers=1,
+                num_single_layers=2,
+                # A patch holds 64 numbers, which a narrower one could not tell apart.
+                attention_head_dim=24,
+                num_attention_heads=4,
+                joint_attention_dim=32,
+                pooled_projection_dim=32,
+                guidance_embeds=guided,
+                axes_dims_rope=(4, 10, 10),
+            ),
+            text_encoder=CLIPTextModel(_clip(tokenizers[0])),
+            text_encoder_2=_t5(tokenizers[1], 32),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            vae=_vae_of_flows(scaling_factor=0.36, shift_factor=0.12),
+            scheduler=FlowMatchEulerDiscreteScheduler(**dynamic | scheduler),
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def tiny_sd(folder: Path, prediction_type: str = "epsilon", **scheduler: Any) -> Path:
     """Save a Stable Diffusion of 32-pixel pictures and a quarter of a million weights."""
     with torch.random.fork_rng(devices=[]):
@@ -249,11 +285,11 @@ def _vae(**settings: Any) -> AutoencoderKL:
     )
 
 
-def _vae_of_flows() -> AutoencoderKL:
+def _vae_of_flows(scaling_factor: float = 1.5, shift_factor: float = 0.06) -> AutoencoderKL:
     return _vae(
         latent_channels=16,
-        scaling_factor=1.5,
-        shift_factor=0.06,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
@@ -308,6 +344,23 @@ def sd3_call(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor, Tenso
     return kwargs["hidden_states"].clone(), near(timestep), output[0].clone()
 
 
+def flux_call(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same of a transformer that is given patches, and told sigma."""
+    rows, columns = (2 * (int(n) + 1) for n in kwargs["img_ids"].amax(0)[1:])
+
+    def cells(patches: Tensor) -> Tensor:
+        """Put the four cells of each patch, [16, 2, 2], where they belong."""
+        whole = torch.zeros(len(patches), 16, rows, columns)
+        for number, place in enumerate(kwargs["img_ids"].long()):
+            row, column = 2 * int(place[1]), 2 * int(place[2])
+            patch = patches[:, number].reshape(-1, 16, 2, 2)
+            whole[:, :, row : row + 2, column : column + 2] = patch
+        return whole
+
+    timestep = 1000 * kwargs["timestep"].double() - 1
+    return cells(kwargs["hidden_states"]), near(timestep), cells(output[0])
+
+
 def near(timestep: Tensor) -> Tensor:
     """Return a timestep that was reckoned in float32, without its rounding."""
     assert float((timestep - timestep.round()).abs().max()) < 1e-3, timestep
@@ -320,8 +373,8 @@ def by_steps(steps: int) -> dict[str, Any]:
 
 
 def by_sigmas(steps: int) -> dict[str, Any]:
-    """Return the same with levels of noise that training knows as well: thousandths."""
-    return {"num_inference_steps": steps, "sigmas": [1 - i * 0.125 for i in range(steps)]}
+    """Return the same with levels that training knows as well: thousandths, shifted by 3 or not."""
+    return {"num_inference_steps": steps, "sigmas": [1.0, 0.7, 0.5, 0.25][:steps]}
 
 
 @dataclass(frozen=True)
@@ -334,8 +387,8 @@ class Tiny:
     `aim` does. denoiser: its place in the pipeline; recorded: (args, kwargs, output) of its call ->
     noisy latents [B, C, h, w], timestep, prediction. by_heart: keys of `train` by which one picture
     is learned. steps: how many -> the arguments of the pipeline's call for whole timesteps.
-    schedulers: names that it draws with; None: all. words: whether it learns new ones. layouts:
-    those a LoRA is written in.
+    schedulers: names that it draws with; None: all. words: whether it learns new ones.
+    negative: whether a negative prompt guides it. layouts: those a LoRA is written in.
     """
 
     build: Callable[..., Path]
@@ -355,6 +408,7 @@ class Tiny:
     steps: Callable[[int], dict[str, Any]] = by_steps
     schedulers: frozenset[str] | None = None
     words: bool = True
+    negative: bool = True
     layouts: tuple[str, ...] = ("diffusers", "kohya")
 
 
@@ -388,6 +442,17 @@ FAMILIES: dict[str, Tiny] = {
         recorded=sd3_call,
         steps=by_sigmas,
         **_OF_FLOWS,
+    ),
+    "flux": Tiny(
+        tiny_flux,
+        {"dev": {}, "schnell": {"guided": False}},
+        levels=flow_levels,
+        weighting={},
+        denoiser="transformer",
+        recorded=flux_call,
+        steps=by_sigmas,
+        negative=False,
+        **_OF_FLOWS | {"by_heart": {**_OF_FLOWS["by_heart"], "steps": 160}},
     ),
 }
 BUILDERS: dict[str, Callable[..., Path]] = {name: tiny.build for name, tiny in FAMILIES.items()}

@@ -252,6 +252,8 @@ def _check_drawing(recipe: Recipe, family: Family, resolutions: Sequence[int]) -
         )
     drawing_of(recipe, resolutions[0])
     family.pipeline(recipe.evaluate.scheduler)
+    if negative := recipe.evaluate.negative_prompt:
+        family.drawing("", negative, 1.0)  # refused here, where the base takes none
 
 
 def _notes(recipe: Recipe, base: Description, family: Family, idle: Sequence[str]) -> Iterator[str]:

@@ -154,7 +154,7 @@ class Objective(Section):
     resolution_shift: bool = Field(
         False,
         description="Whether the timesteps of a flow move further towards the noise the larger a "
-        "picture is, by the square root of its area.",
+        "picture is: as the base itself draws them, or by the square root of their areas.",
         json_schema_extra=also("flux_shift", "dynamic_shift", "use_dynamic_shifting"),
     )
 

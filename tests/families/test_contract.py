@@ -139,6 +139,8 @@ def by_diffusers(folder: Path, files: list[Path], prompt: str) -> np.ndarray[Any
         prompt,
         num_inference_steps=2,
         guidance_scale=3.0,
+        height=32,
+        width=32,
         generator=torch.Generator().manual_seed(7),
     ).images[0]
     return np.asarray(drawn, dtype=np.int64)

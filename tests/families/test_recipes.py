@@ -20,6 +20,7 @@ RECIPES = {
     "sd15-character-lora": ("sd", 512),
     "sdxl-character-lora": ("sdxl", 1024),
     "sd35-character-lora": ("sd3", 1024),
+    "flux-character-lora": ("flux", 1024),
 }
 
 
