@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random as dice
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,12 @@ class TestOtherNames:
         whole = torch.kron(lokr["x.lokr_w1"], lokr["x.lokr_w2_a"] @ lokr["x.lokr_w2_b"])
         assert module.kind == "LoKr"
         assert module.norm == pytest.approx(float(whole.norm()), rel=1e-5)
+
+        lora = pair("unet.x") | {"unet.x.alpha": torch.tensor(8.0), "unet.x.diff_b": random(16)}
+        (module,) = describe(write(lora)).modules
+        product = 2 * lora["unet.x.lora_B.weight"] @ lora["unet.x.lora_A.weight"]
+        both = math.hypot(float(product.norm()), float(lora["unet.x.diff_b"].norm()))
+        assert module.norm == pytest.approx(both, rel=1e-5), "of weight and bias together"
 
         dora = pair("unet.x") | {"unet.x.lora_magnitude_vector": random(16)}
         assert describe(write(dora)).kind == "DoRA"

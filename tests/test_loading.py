@@ -182,6 +182,23 @@ class TestSeveral:
             assert float((found - wanted).norm() / wanted.norm()) < 0.05, kind
 
 
+def test_an_alpha_of_several_numbers(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    family = families.load(recipe_for(tiny_folder()).base)
+    tensors = {"lora_unet_conv_in.diff": torch.zeros(16, 4, 3, 3)}
+    tensors["lora_unet_conv_in.alpha"] = torch.ones(2)
+    write_safetensors(tmp_path / "it.safetensors", tensors, {})
+    with pytest.raises(VerificationError, match="lora_unet_conv_in: "):
+        load_file(family, tmp_path / "it.safetensors", "it")
+
+
+def test_two_spellings_of_one_factor(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    family = families.load(recipe_for(tiny_folder()).base)
+    tensors = {f"lora_unet_conv_norm_out.{x}": torch.ones(16) for x in ("diff", "w_norm")}
+    write_safetensors(tmp_path / "it.safetensors", tensors, {})
+    with pytest.raises(VerificationError, match="two of its tensors are one factor"):
+        load_file(family, tmp_path / "it.safetensors", "it")
+
+
 def test_a_layout_that_cannot_carry_the_adapter_is_refused_before_training(
     tiny_folder: Callable[..., Path],
 ) -> None:

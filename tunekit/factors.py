@@ -91,10 +91,9 @@ def read_module(
     if alpha is not None and not math.isfinite(alpha):
         alpha = None
     scale = alpha / rank if alpha is not None and rank else 1.0
-    norm = _norm(parts)
-    if norm is not None:
-        norm = norm * abs(scale) if math.isfinite(norm * scale) else None
-    return ModuleInfo(name, kind_of(parts), rank, alpha, norm)
+    norm = _norm(parts, scale)
+    known = norm is not None and math.isfinite(norm)
+    return ModuleInfo(name, kind_of(parts), rank, alpha, norm if known else None)
 
 
 def check_module(path: Path, name: str, parts: Mapping[str, Tensor]) -> int | None:
@@ -146,19 +145,28 @@ def _rank(path: Path, name: str, parts: Mapping[str, Tensor]) -> int | None:
     return ranks[0] if ranks else None
 
 
-def _norm(parts: Mapping[str, Tensor]) -> float | None:
-    """Return the Frobenius norm of the weight change without alpha, or None where unknown."""
-    wide = {factor: tensor.double() for factor, tensor in parts.items()}
-    whole = [wide[factor] for factor in ("diff", "diff_b") if factor in wide]
-    if whole:
-        return math.hypot(*(float(tensor.norm()) for tensor in whole))
-    if {"down", "up"} <= parts.keys():
+def _norm(parts: Mapping[str, Tensor], scale: float) -> float | None:
+    """Return the Frobenius norm of a module's change, or None where unknown.
+
+    scale: what the factors' product is multiplied with; whole differences are as they stand.
+    """
+    wide = {factor: tensor.double() for factor, tensor in parts.items() if factor != "alpha"}
+    whole = [float(wide.pop(factor).norm()) for factor in ("diff", "diff_b") if factor in wide]
+    if whole and not wide:
+        return math.hypot(*whole)
+    product = _factors_norm(wide)
+    return None if product is None else math.hypot(product * scale, *whole)
+
+
+def _factors_norm(wide: Mapping[str, Tensor]) -> float | None:
+    """Return the norm of what the factors multiply to, or None where unknown."""
+    if {"down", "up"} <= wide.keys():
         # else a chain of kernels
         pointwise = "mid" not in wide and all(size == 1 for size in wide["up"].shape[2:])
         return _product_norm(wide["up"], wide["down"]) if pointwise else None
-    if any(name.endswith(("_t1", "_t2")) for name in parts):
+    if any(name.endswith(("_t1", "_t2")) for name in wide):
         return None
-    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= parts.keys():
+    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= wide.keys():
         return _hadamard_norm(wide)
     halves = []
     for half in ("lokr_w1", "lokr_w2"):

@@ -60,6 +60,8 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
             found.append(_by_diffusers(family, source, name, tensors))
         elif unread:
             raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
+        elif sum(map(len, grouped.values())) < len(tensors):
+            raise VerificationError(TAKEN_UP, "two of its tensors are one factor of a module")
         else:
             found.append(_by_factors(family, grouped))
     return combined(found)
@@ -182,10 +184,10 @@ def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> 
             raise VerificationError(TAKEN_UP, f"{family.label} has no module for {key}")
         name, module = places[key]
         parts = dict(held)
-        alpha = float(parts.pop("alpha")) if "alpha" in parts else None
-        count += len(parts)
+        count += len(parts.keys() - {"alpha"})
         bias = parts.pop("diff_b", None)
         try:
+            alpha = float(parts.pop("alpha")) if "alpha" in parts else None
             if bias is not None:
                 planned.append((f"{name}.bias", module, "bias", _fitting(bias, module, "bias")))
                 again[f"{name}.bias"] = partial(operator.mul, bias.numel() ** 0.5)
