@@ -107,7 +107,7 @@ def merge(
         for option, value in (("--variant", variant), ("--config", config)):
             if value is not None:
                 raise UserError(f"{option}: is of a base that is merged into; leave it out")
-        way = Way.of(method or "concat", density, seed or 0, keep)
+        way = Way.of(method or "concat", density, seed, keep)
         made: Any = mix(
             given,
             out,

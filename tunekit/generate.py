@@ -175,8 +175,7 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         return Path(path), float(weight)
     except ValueError:
         raise UserError(
-            f'--adapter {text}: there is no such file, and "{weight}" is no weight; '
-            "write FILE or FILE:WEIGHT"
+            f'{text}: there is no such file, and "{weight}" is no weight; write FILE or FILE:WEIGHT'
         ) from None
 
 

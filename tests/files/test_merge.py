@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,23 @@ def test_a_base_that_is_one_file(exported: Any, tiny_folder: Folder, tmp_path: P
     assert not report.left_out
 
 
+def test_room_is_asked_for_what_is_written_alone(
+    exported: Any, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may hold the same weights in several forms; one of them is read."""
+    shutil.copytree(tiny_folder(), tmp_path / "base")
+    with (tmp_path / "base/all-in-one.safetensors").open("wb") as file:
+        file.truncate(10**12)
+    asked: list[int] = []
+    monkeypatch.setattr("tunekit.files.folder.check_room", lambda _, size, __: asked.append(size))
+    out, given = tmp_path / "m", [(exported("LoRA"), 1.0)]
+    for dtype in ("fp32", "fp16"):
+        merge(given, out, base=str(tmp_path / "base"), dtype=dtype, overwrite=True)
+        written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        assert written <= asked[-1] < written + 10_000_000
+    assert asked[1] < asked[0]
+
+
 def test_a_variant_is_merged_under_the_usual_names(
     exported: Any, tiny_folder: Folder, tmp_path: Path
 ) -> None:
@@ -235,6 +253,15 @@ class TestRefused:
         self.refused("is there already", given, tmp_path / "mine", base=base)
         self.refused("no model's", given, tmp_path / "mine", base=base, overwrite=True)
         self.refused("base's own folder", given, tiny_folder(), base=base, overwrite=True)
+
+    def test_a_folder_that_what_is_read_lies_in(
+        self, exported: Any, tiny_folder: Folder, tmp_path: Path
+    ) -> None:
+        given, base, out = [(exported("LoRA"), 1.0)], str(tiny_folder()), tmp_path / "m"
+        merge(given, out, base=base)
+        inside = out / "lora.safetensors"
+        inside.write_bytes(given[0][0].read_bytes())
+        self.refused("would be replaced", [(inside, 1.0)], out, base=base, overwrite=True)
 
     def test_another_base(self, exported: Any, tmp_path: Path) -> None:
         given = [(exported("LoRA"), 1.0)]

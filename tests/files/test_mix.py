@@ -46,7 +46,7 @@ def two(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def mixed(two: Made, weights: tuple[float, float], out: Path, folder: Path, **way: Any) -> Any:
     keep = Keep.of(way.pop("rank", None), way.pop("energy", None))
-    how = Way.of(way.pop("method"), way.pop("density", None), way.pop("seed", 0), keep)
+    how = Way.of(way.pop("method"), way.pop("density", None), way.pop("seed", None), keep)
     given = list(zip(two[0], weights, strict=True))
     return mix(given, out, how, keep, base=str(folder), dtype="fp32", **way)
 
@@ -127,7 +127,7 @@ def test_any_kind_can_be_summed(tiny_folder: Folder, two: Made, tmp_path: Path) 
     keep = Keep(energy=1.0)
     out = tmp_path / "m.safetensors"
     given = [(path, 1.0) for path in paths]
-    mix(given, out, Way.of("svd", None, 0, keep), keep, base=str(base), dtype="fp32")
+    mix(given, out, Way.of("svd", None, None, keep), keep, base=str(base), dtype="fp32")
     each = [changes(path, base) for path in paths]
     names = set().union(*each)
     wanted = {n: sum((c[n].double() for c in each if n in c), torch.zeros(())) for n in names}
@@ -142,6 +142,7 @@ class TestRefused:
             ({"method": "ties", "rank": 4}, "ties needs --density"),
             ({"method": "svd", "rank": 4, "density": 0.5}, "svd has no --density"),
             ({"method": "ties", "rank": 4, "density": 0.0}, "0 is no share"),
+            ({"method": "svd", "rank": 4, "seed": 0}, "--seed: svd draws nothing"),
             ({"method": "svd"}, "svd needs --rank, --energy or --frobenius"),
             ({"method": "concat", "rank": 4}, "keeps all ranks; svd lowers them"),
             ({"method": "svd", "energy": 1.5}, "--energy: 1.5 is no share"),

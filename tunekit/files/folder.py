@@ -83,14 +83,14 @@ def merge(
     names = Names(family)
     files = [(AdapterFile(path, names), weight) for path, weight in adapters]
     weights = Weights(chosen, family, names)
-    _check_out(out, weights.folder.path, overwrite)
+    origin = weights.folder.weights or weights.folder.path
+    _check_out(out, weights.folder.path, [origin, *(path for path, _ in adapters)], overwrite)
     for file, _ in files:
         _check_fits(file, weights)
     work = _Work(files, weights, names, dtype)
     components = family.components()
     total = sum(len(e) for held in weights.entries.values() for _, e in held)
-    at = weights.folder.weights or weights.folder.path
-    needed = sum(p.stat().st_size for p in (at, *at.rglob("*.safetensors")))
+    needed = work.bytes() + _bytes_copied(weights, set(names.folders.values()), components)
     check_room(out, needed + _ROOM_BESIDE, "make room, or name a folder on another disk")
     with disk_errors(out, needed=needed), whole_folder(out) as partial:
         with (reporter or Silent()).stage("merge", total) as tick:
@@ -112,7 +112,7 @@ def merge(
     )
 
 
-def _check_out(out: Path, base: Path, overwrite: bool) -> None:
+def _check_out(out: Path, base: Path, read: Sequence[Path], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder (or --into-adapter for a file)")
     if out.is_dir() and any(out.iterdir()):
@@ -123,6 +123,11 @@ def _check_out(out: Path, base: Path, overwrite: bool) -> None:
     inside = out.resolve()
     if inside == base.resolve() or base.resolve() in inside.parents:
         raise UserError(f"--out: {out} is the base's own folder; name another one")
+    for path in read:
+        if inside in path.resolve().parents:
+            raise UserError(
+                f"--out: {out} holds {path}, and would be replaced; name another folder"
+            )
 
 
 def _check_fits(file: AdapterFile, weights: Weights) -> None:
@@ -149,6 +154,11 @@ class _Work:
     changed: set[tuple[Place, str]] = field(default_factory=set)
     squared: float = 0.0
     lost: float = 0.0
+
+    def bytes(self) -> int:
+        """Return how many bytes of weights it writes."""
+        held = [one for source in self.weights.entries.values() for one in source]
+        return sum(self._form(file, entry).bytes for file, entries in held for entry in entries)
 
     def component(
         self, folder: Path, held: Sequence[tuple[Source, list[Entry]]], tick: Any
@@ -233,6 +243,15 @@ class _Work:
         for path in sorted(source.iterdir()):
             if path.suffix in _KINDS and _WEIGHTS_INDEX not in path.name and path.is_file():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _bytes_copied(weights: Weights, written: set[str], components: dict[str, Any]) -> int:
+    """Return how many bytes the weights take that no adapter changes."""
+    source, variant = weights.folder.path, weights.base.variant
+    here = [name for name in components if name not in written and name not in weights.others]
+    files = [path for name in here for path in sources.weight_files(source / name, variant)]
+    forms = [form for held in weights.others.values() for form in held.forms.values()]
+    return sum(path.stat().st_size for path in files) + sum(form.bytes for form in forms)
 
 
 def _copy_rest(

@@ -39,7 +39,7 @@ class Way:
     seed: int = 0
 
     @classmethod
-    def of(cls, method: str, density: float | None, seed: int, keep: Keep) -> Way:
+    def of(cls, method: str, density: float | None, seed: int | None, keep: Keep) -> Way:
         """Check what a user asks for."""
         if method not in METHODS:
             near = did_you_mean(method, METHODS)
@@ -49,6 +49,8 @@ class Way:
             raise UserError(f"--method: {method} {wants}: the share of numbers that are kept")
         if density is not None and not 0 < density <= 1:
             raise UserError(f"--density: {density:g} is no share: above 0, at most 1")
+        if seed is not None and method not in _SEEDED:
+            raise UserError(f"--seed: {method} draws nothing; it is for {', '.join(_SEEDED)}")
         if (keep == Keep()) != (method == "concat"):
             raise UserError(
                 "--method: concat is exact and keeps all ranks; svd lowers them"
@@ -56,7 +58,7 @@ class Way:
                 else f"--method: {method} needs --rank, --energy or --frobenius: how much of the "
                 "sum is kept"
             )
-        return cls(method, density, seed)
+        return cls(method, density, seed or 0)
 
     def joined(self, changes: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
         """Return one change for those of several adapters to a weight."""
