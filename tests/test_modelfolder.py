@@ -57,7 +57,7 @@ class TestRefusals:
         line = refusal(folder)
         assert "StableDiffusionXLPipeline" in line
         assert "text_encoder_2 CLIPTextModelWithProjection" in line
-        assert "it needs for Stable Diffusion 1.x / 2.x: unet UNet2DConditionModel" in line
+        assert "for Stable Diffusion 1.x / 2.x: unet UNet2DConditionModel" in line
 
     def test_an_inpainting_base_is_told_from_its_input_channels(self, folder: Path) -> None:
         path = folder / "unet" / "config.json"
@@ -79,6 +79,10 @@ class TestRefusals:
     def test_a_broken_index(self, folder: Path) -> None:
         (folder / "model_index.json").write_text("{")
         assert "cannot be read as JSON" in refusal(folder)
+
+    def test_a_component_whose_name_leads_elsewhere(self, folder: Path) -> None:
+        rewrite_index(folder, **{"tokenizer/../../other": ["transformers", "CLIPTokenizer"]})
+        assert "'tokenizer/../../other', which is no name of a component" in refusal(folder)
 
     def test_pickled_weights(self, folder: Path) -> None:
         (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(

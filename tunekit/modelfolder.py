@@ -148,6 +148,9 @@ class ModelFolder:
                 + (f", only {', '.join(held)}" if held else "")
             )
         model_index = read_json(index)
+        for name, value in model_index.items():
+            if isinstance(value, list) and not name.isidentifier():  # it is a folder's name
+                raise UserError(f"{index}: names {name!r}, which is no name of a component")
         configs = {
             name: read_json(path / name / "config.json")
             for name in model_index
