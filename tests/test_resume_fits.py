@@ -107,7 +107,8 @@ def test_a_checkpoint_of_another_step_than_its_name_says(
     "sections",
     [
         {"train": {"schedule": "cosine"}},
-        {"data": {"trigger": "<zorp>"}, "tokens": [{"name": "<zorp>", "stop_at": 0.5}]},
+        {"train": {"schedule": "warmup_stable_decay", "decay_steps": 4}},
+        {"data": {"trigger": "<zorp>"}, "tokens": [{"name": "<zorp>", "stop_at": 0.25}]},
     ],
 )
 def test_more_steps_change_the_past_where_it_hangs_on_them(
@@ -122,6 +123,23 @@ def test_more_steps_change_the_past_where_it_hangs_on_them(
     tensors = {name: {"a": torch.ones(1)} for name in ("adapter", "optimizer", "guards")}
     checkpoint.save(tmp_path / "checkpoints" / "step-000002", tensors, {"step": 2})
     assert find(tmp_path, None, made(4), False, finished=False).step == 2
-    with pytest.raises(UserError, match=r"train\.steps: 4 -> 8\n.*would have been others"):
+    with pytest.raises(UserError, match=r"train\.steps: 4 -> 8\n.*would have been others: "):
         find(tmp_path, None, made(8), False, finished=False)
     assert find(tmp_path, None, made(8), True, finished=False).step == 2
+
+
+def test_more_steps_are_free_until_the_rate_falls(
+    tree: Callable[..., Tree], tmp_path: Path
+) -> None:
+    def made(steps: int) -> Recipe:
+        train = {"schedule": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 2}
+        return recipe_from(tree(train={**train, "steps": steps, "sample_every": 0}))
+
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(made(6)))
+    tensors = {name: {"a": torch.ones(1)} for name in ("adapter", "optimizer", "guards")}
+    for step in (5, 6):
+        checkpoint.save(tmp_path / "checkpoints" / f"step-00000{step}", tensors, {"step": step})
+    early = Path("step-000005")
+    assert find(tmp_path, early, made(9), False, finished=False).step == 5
+    with pytest.raises(UserError, match=r"train\.steps: 6 -> 9\n  \(the 6 steps that were taken"):
+        find(tmp_path, None, made(9), False, finished=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunekit import checkpoint
 from tunekit.errors import UserError
+from tunekit.optim import rate_factor
 from tunekit.recipe import Recipe
 from tunekit.runfolder import CHECKPOINTS, PICTURES, RunFolder
 
@@ -50,7 +51,7 @@ def find(
     """
     former = RunFolder.open(run)
     folder = _folder(former, wanted)
-    _compare(former.recipe, recipe, allow_changed)
+    _compare(former.recipe, recipe, checkpoint.step_of(folder), allow_changed)
     try:
         saved = checkpoint.read(folder)
     except UserError as error:
@@ -140,18 +141,18 @@ def _whole_before(folder: Path) -> Path | None:
     return None
 
 
-def _compare(former: Recipe, recipe: Recipe, allow_changed: bool) -> None:
+def _compare(former: Recipe, recipe: Recipe, step: int, allow_changed: bool) -> None:
     changed = {
         key: values
         for key, values in _differences(
             former.model_dump(mode="json"), recipe.model_dump(mode="json")
         )
-        if key not in FREE or (key == "train.steps" and _hangs_on_steps(former))
+        if key not in FREE or (key == "train.steps" and not _same_until(step, former, recipe))
     }
     lines = [f"  {key}: {old} -> {new}" for key, (old, new) in changed.items()]
     if "train.steps" in changed:
-        why = "the learning rate, or when a word rests, hangs on how many steps there are"
-        lines.append(f"  ({why}: those that were taken would have been others)")
+        why = "the learning rate, or when a word rests, hangs on how many there are in all"
+        lines.append(f"  (the {step} steps that were taken would have been others: {why})")
     fixed = [key for key in changed if any(key == f or key.startswith(f"{f}.") for f in FIXED)]
     if fixed:
         raise UserError(
@@ -165,9 +166,16 @@ def _compare(former: Recipe, recipe: Recipe, allow_changed: bool) -> None:
         )
 
 
-def _hangs_on_steps(recipe: Recipe) -> bool:
-    """Return whether earlier steps would have been others had the run been meant to be longer."""
-    return recipe.train.schedule != "constant" or any(t.stop_at < 1 for t in recipe.tokens)
+def _same_until(step: int, former: Recipe, recipe: Recipe) -> bool:
+    """Return whether steps before `step` are the same, whichever recipe's number of them holds."""
+    old, new = former.train, former.train.model_copy(update={"steps": recipe.train.steps})
+    for token in former.tokens:
+        rests = {min(step, max(1, round(token.stop_at * train.steps))) for train in (old, new)}
+        if len(rests) > 1:
+            return False
+    return old.schedule == "constant" or all(
+        rate_factor(old, at) == rate_factor(new, at) for at in range(step)
+    )
 
 
 def _differences(
