@@ -92,7 +92,8 @@ def test_pictures_of_the_class_keep_it_diverse(tmp_path: Path) -> None:
     likeness 76 % and 44 %, and of "a robot" 78 % and less than the base's own.
     """
     plain = ("data.trigger=zorp", "tokens=[]")  # a word of its own would keep the two apart better
-    fewer = ("train.steps=120", "evaluate.steps=10", *plain)
+    pace = ("train.batch_size=4", "train.learning_rate=5e-4")
+    fewer = ("train.steps=120", "evaluate.steps=10", *pace, *plain)
     few = ("data.prior.count=18", "data.prior.steps=10", "data.prior.weight=0.5")
     kept = taught("dreambooth-full.yaml", CHARACTER, tmp_path / "kept", *fewer, *few)
     lost = taught("dreambooth-full.yaml", CHARACTER, tmp_path / "lost", *fewer, "data.prior=null")
