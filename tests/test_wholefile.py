@@ -109,6 +109,22 @@ class TestFolders:
         assert (path / "a.txt").read_text() == "new"
         assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
+    def test_an_older_one_stays_where_the_new_one_cannot_take_its_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, rename = self.folder(tmp_path, "a", "old"), Path.rename
+
+        def refused(self: Path, target: Path) -> Path:
+            if self.name == ".a.partial":
+                raise OSError(5, "Input/output error")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refused)
+        with pytest.raises(OSError, match="Input/output"), whole_folder(path) as partial:
+            write_whole(partial / "a.txt", "new")
+        assert (path / "a.txt").read_text() == "old"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
     def test_what_a_kill_leaves_is_put_right(self, tmp_path: Path) -> None:
         """Killed while one was written, between the two renames, and while one was removed."""
         self.folder(tmp_path, ".b.partial", "half")

@@ -25,7 +25,7 @@ from tunekit.runfolder import CHECKPOINTS, EXPORT, PICTURES, RECIPE
 from tunekit.runlock import LOCK, Holder
 from tunekit.runstate import STATE
 from tunekit.safefile import check_folder
-from tunekit.wholefile import disk_errors, part_of, remove_folder, tidy, write_whole
+from tunekit.wholefile import disk_errors, part_of, remove_folder, tidy, to_disk, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -243,7 +243,7 @@ class Log:
     def settle(self) -> None:
         """Have every line on the disk: a checkpoint may not outlive those of its steps."""
         with disk_errors(self._metrics):
-            os.fsync(self._file.fileno())
+            to_disk(self._metrics)
 
     def judged(self, step: int, likeness: float) -> None:
         """Write how much a step's samples are like the real pictures: a line of its own."""

@@ -70,7 +70,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         to_disk(partial)
         if path.exists():
             path.rename(replaced)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
         to_disk(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
