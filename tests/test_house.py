@@ -219,3 +219,9 @@ def test_every_module_says_what_it_is() -> None:
     for path in SOURCES:
         text = path.read_text()
         assert not text or ast.get_docstring(ast.parse(text)), name(path)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest refuses the second of them, and only where both are run at once."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
