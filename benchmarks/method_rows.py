@@ -157,7 +157,7 @@ def table(rows: Mapping[str, Any]) -> list[str]:
             signed(one["fidelity_change"]),
             f"{100 * one['diversity']:.0f} %",
             f"{100 * one['leak']:.0f} %".replace("-", "\N{MINUS SIGN}"),
-            f"{100 * one['drift']:.0f} %",
+            f"{round(100 * one['drift'])} %",  # an integer: no "-0"
             f"{one['trained_numbers']:,}",
             f"{one['file_bytes'] / 1e6:.2f} MB",
             f"{one['processor_seconds']:.0f} s",
