@@ -1,7 +1,7 @@
 """Runs killed at random instants and gone on with until they end: does any end another way?
 
     python benchmarks/chaos.py [--runs 200] [--kills 0] [--most 4] [--minutes 120] [--seed 0]
-                               [--result FILE] [--work FOLDER]
+                               [--journal FILE] [--result FILE] [--work FOLDER]
 
 One run of a tiny base (of the real classes, as the tests make it) goes undisturbed. Every other one
 is a process that gets SIGKILL, up to --most times: at any time, at the n-th file it touches, or -
@@ -13,7 +13,9 @@ killed while pictures are encoded too. Processes are forked from one that has im
 
 Goes on until there were so many runs and so many kills, or the minutes are over. Writes
 benchmarks/results/chaos.json; exits with 1 where a run differs, fails, or leaves a damaged
-checkpoint. About ten seconds of one core a run. --work keeps the runs' folders.
+checkpoint. About seven seconds of one core a run. --work keeps the runs' folders. --journal writes
+down each run as it ends; the same command goes on after those that stand there, if neither the
+package nor the seed is another one.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from chaos_run import FILE, ROOT, SAVING, STEPS, Touches, facts, make_recipe, train
+from chaos_run import FILE, ROOT, SAVING, STEPS, Touches, facts, make_recipe, train, version
 
 RESULT = ROOT / "benchmarks" / "results" / "chaos.json"
 ANY = "at any time"
@@ -51,10 +53,11 @@ _ENOUGH = 10  # faults
 
 @dataclass
 class Tally:
-    """What was seen so far."""
+    """What was seen of one run, or of all so far. seconds: that were spent on it."""
 
     runs: int = 0
     equal: int = 0
+    seconds: float = 0
     kills: int = 0
     attempts: int = 0
     begun_anew: int = 0
@@ -65,6 +68,38 @@ class Tally:
     )
     faults: list[str] = field(default_factory=list)
 
+    def add(self, other: Tally) -> None:
+        """Count what was seen of others too."""
+        for name, value in vars(other).items():
+            if name == "landed":
+                for kind, counted in value.items():
+                    self.landed[kind].update(counted)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+
+class Journal:
+    """The runs that have ended, a line each, after one that says of what. path: None for none."""
+
+    def __init__(self, path: Path | None, options: argparse.Namespace) -> None:
+        self.path = path
+        told = {"version": version(), "seed": options.seed, "most": options.most, "steps": STEPS}
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.done = [Tally(**json.loads(line)) for line in lines[1:]]
+        if lines and json.loads(lines[0]) != told:
+            sys.exit(f"{path}: is of other runs: {lines[0]}, and these are {json.dumps(told)}")
+        if not lines:
+            self._write(told)
+
+    def add(self, tally: Tally) -> None:
+        """Write down what was seen of a run."""
+        self._write(asdict(tally))
+
+    def _write(self, told: dict[str, Any]) -> None:
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(told) + "\n")
+
 
 def main() -> int:
     """Kill and go on, print the table, write the result."""
@@ -74,6 +109,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--journal", type=Path)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
@@ -84,7 +120,7 @@ def main() -> int:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunekit-chaos-")))
         work.mkdir(parents=True, exist_ok=True)
         _warm(work)
-        trial = Trial(work.resolve(), options.seed, options.most)
+        trial = Trial(work.resolve(), options.seed, options.most, Journal(options.journal, options))
         while trial.tally.runs < options.runs or trial.tally.kills < options.kills:
             if time.monotonic() - began > 60 * options.minutes:
                 print(f"{options.minutes:g} minutes are over")
@@ -95,7 +131,7 @@ def main() -> int:
             trial.run()
             if options.work is None:
                 shutil.rmtree(work / f"run-{trial.tally.runs:04d}", ignore_errors=True)
-    told = _told(trial, options, time.monotonic() - began)
+    told = _told(trial, options)
     options.result.write_text(json.dumps(told, indent=1) + "\n")
     _print(told)
     return 1 if trial.tally.faults else 0
@@ -153,9 +189,11 @@ def _end(work: Callable[[], Any]) -> None:
 class Trial:
     """Runs against the one that nobody disturbed. most: kills of a run."""
 
-    def __init__(self, work: Path, seed: int, most: int) -> None:
-        self.work, self.seed, self.most = work, seed, most
-        self.tally = Tally()
+    def __init__(self, work: Path, seed: int, most: int, journal: Journal) -> None:
+        self.work, self.seed, self.most, self.journal = work, seed, most, journal
+        self.tally, self.one = Tally(), Tally()
+        for done in journal.done:
+            self.tally.add(done)
         self.recipe = in_child(lambda: make_recipe(work))
         out, cache = work / "undisturbed", work / "cache"
         began = time.monotonic()
@@ -172,14 +210,20 @@ class Trial:
         print(f"undisturbed: {self.seconds:.1f} s, {self.touches[FILE]} touches of files")
 
     def run(self) -> None:
-        """Have a run killed and gone on with until it ends, and look at what came out."""
-        tally = self.tally
-        tally.runs += 1
-        name = f"run-{tally.runs:04d}"
+        """Have the next run killed and gone on with until it ends, and look at what came out."""
+        number, began = self.tally.runs + 1, time.monotonic()
+        self.one = Tally(runs=1)
+        self._disturbed(number)
+        self.one.seconds = time.monotonic() - began
+        self.tally.add(self.one)
+        self.journal.add(self.one)
+        print(f"run {number}: {self.one.kills} kills, {self.one.seconds:.0f} s", flush=True)
+
+    def _disturbed(self, number: int) -> None:
+        tally, name, killed = self.one, f"run-{number:04d}", 0
         out = self.work / name
-        cache = self.work / f"{name}-cache" if tally.runs % 4 == 0 else self.work / "cache"
-        random = Random(f"{self.seed}/{tally.runs}")
-        killed = 0
+        cache = self.work / f"{name}-cache" if number % 4 == 0 else self.work / "cache"
+        random = Random(f"{self.seed}/{number}")
         while True:
             kind = random.choice(KINDS) if killed < self.most else None
             tally.attempts += 1
@@ -206,9 +250,9 @@ class Trial:
             key for key in sorted({*found, *self.wanted}) if found.get(key) != self.wanted.get(key)
         ]
         if other:
-            self.tally.faults.append(f"{run} differs: {', '.join(other)[:1000]}")
+            self.one.faults.append(f"{run} differs: {', '.join(other)[:1000]}")
         else:
-            self.tally.equal += 1
+            self.one.equal += 1
 
     def _attempt(self, out: Path, cache: Path, kind: str | None, random: Random) -> int:
         """Return how one process ended: its exit code, or minus the signal."""
@@ -252,11 +296,11 @@ class Trial:
         for folder in saved:
             try:
                 checkpoint.verify(folder)
-                self.tally.checkpoints += 1
+                self.one.checkpoints += 1
             except UserError as error:
-                self.tally.faults.append(f"a damaged checkpoint counts as one: {error}")
+                self.one.faults.append(f"a damaged checkpoint counts as one: {error}")
         left = list(self._leftovers(out / "checkpoints"))
-        self.tally.leftovers += len(left)
+        self.one.leftovers += len(left)
         if left:
             return "within a checkpoint"
         if not saved:
@@ -270,7 +314,7 @@ class Trial:
                 yield path.name
 
 
-def _told(trial: Trial, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def _told(trial: Trial, options: argparse.Namespace) -> dict[str, Any]:
     tally = trial.tally
     return {
         "runs": tally.runs,
@@ -286,7 +330,7 @@ def _told(trial: Trial, options: argparse.Namespace, seconds: float) -> dict[str
         "compared": len(trial.wanted),
         "seed": options.seed,
         "steps": STEPS,
-        "seconds": round(seconds, 1),
+        "seconds": round(tally.seconds, 1),
         "undisturbed_seconds": round(trial.seconds, 2),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
         "python": platform.python_version(),

@@ -18,6 +18,14 @@ _CHANGES = frozenset(
 ) | {"open", "shutil.rmtree"}
 
 
+def version() -> str:
+    """Return a fingerprint of the package and of these programs: what was run."""
+    told = hashlib.sha256()
+    for path in sorted((*(ROOT / "tunekit").rglob("*.py"), *(ROOT / "benchmarks").glob("chaos*"))):
+        told.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return told.hexdigest()
+
+
 def make_recipe(work: Path) -> dict[str, Any]:
     """Make base, judges and pictures in `work`, and return a recipe with much that is random."""
     import numpy as np

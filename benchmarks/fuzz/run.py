@@ -3,11 +3,11 @@
     python benchmarks/fuzz/run.py [--inputs 10000] [--seed 0] [--only "recipe text"]
 
 The readers and the ways to spoil are those of tests/faults; input N of a seed is always the same
-one. Readers that load a model or a run for each input get a tenth of the inputs. Each reader has a
-process of its own. What counts as a fault: any exception but the one-line refusal, a process that
-dies, more than 5 seconds of processor time (20 of waiting), more than 1.5 GB of memory, a file
-written outside of the input's folder, a socket, a subprocess, an unpickled class. Writes
-benchmarks/results/fuzz.json, with --only these rows of it; exits with 1 where there is a fault.
+one. Each reader has a process of its own. What counts as a fault: any exception but the one-line
+refusal, a process that dies, more than 5 seconds of processor time (20 of waiting), more than
+1.5 GB of memory, a file written outside of the input's folder, a socket, a subprocess, an unpickled
+class. Writes benchmarks/results/fuzz.json, with --only these rows of it; exits with 1 where there
+is a fault.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def main() -> int:
         }
         for name in options.only or named:
             target = named[name]
-            inputs = max(1, options.inputs // 10) if target.dear else options.inputs
-            rows[name] = fuzz(target, inputs, options.seed, Path(scratch))
+            rows[name] = fuzz(target, options.inputs, options.seed, Path(scratch))
             print(f"{name:20} {_told(rows[name])}", flush=True)
             options.result.write_text(json.dumps(table, indent=2) + "\n")
     return int(any(row["faults"] for row in rows.values()))
