@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,30 @@ class Expectation:
     needs: tuple[str, ...]
 
 
+def each(row: Mapping[str, Any], key: str) -> list[float]:
+    """Return a number of every run of a row, one a seed."""
+    return [float(run[key]) for run in row["runs"]]
+
+
+def mean(row: Mapping[str, Any], key: str) -> float:
+    """Return the mean of a number over a row's runs."""
+    return statistics.mean(each(row, key))
+
+
+def shares(row: Mapping[str, Any]) -> list[float]:
+    """Return the share of the likeness gap that each run closed, in percent."""
+    return [100 * float(run["likeness"]["closed"]) for run in row["runs"]]
+
+
 def closed(row: Mapping[str, Any]) -> float:
-    """Return the share of the likeness gap that was closed, in percent."""
-    return 100 * float(row["likeness"]["closed"])
+    """Return the share of the likeness gap that was closed, in percent, the mean of the runs."""
+    return statistics.mean(shares(row))
+
+
+def spread(row: Mapping[str, Any]) -> str:
+    """Return what the runs' shares deviate from their mean, as in " ± 3"; "" of a single run."""
+    found = shares(row)
+    return f" \N{PLUS-MINUS SIGN} {statistics.stdev(found):.0f}" if len(found) > 1 else ""
 
 
 def at_least(name: str, share: float) -> Expectation:
@@ -100,7 +122,7 @@ def keeps_the_class(name: str, share: float) -> Expectation:
     """Expect that pictures of the class stay so diverse, in percent of the base's own."""
 
     def judge(rows: Mapping[str, Any]) -> tuple[bool, str]:
-        found = 100 * float(rows[name]["diversity"])
+        found = 100 * mean(rows[name], "diversity")
         return found >= share, f"{found:.0f} %"
 
     said = f"{METHODS[name].title} keeps {share:.0f} % or more of the class's diversity"
@@ -111,7 +133,7 @@ def less_diverse(name: str, other: str, least: float) -> Expectation:
     """Expect that a method takes so many points of diversity more than another does."""
 
     def judge(rows: Mapping[str, Any]) -> tuple[bool, str]:
-        lost, kept = (100 * float(rows[which]["diversity"]) for which in (name, other))
+        lost, kept = (100 * mean(rows[which], "diversity") for which in (name, other))
         return kept - lost >= least, f"{lost:.0f} % beside {kept:.0f} %"
 
     said = f"{METHODS[name].title}: diversity falls clearly below that of {METHODS[other].title}"
@@ -146,22 +168,25 @@ def table(rows: Mapping[str, Any]) -> list[str]:
     """Return the table in Markdown, or the sentence that there is none."""
     if not rows:
         return [NOTHING]
-    heads = "method | steps | likeness | fidelity | diversity | leak | drift | trains | file | "
+    heads = (
+        "method | seeds | steps | likeness | fidelity | diversity | leak | drift | trains | file | "
+    )
     heads += "time | memory"
     lines = [f"| {heads} |", "|---|" + "--:|" * heads.count("|")]
     for name, one in in_order(rows).items():
         cells = [
             f"{METHODS[name].title}",
-            f"{one['steps']}",
-            f"{closed(one):.0f} %",
-            signed(one["fidelity_change"]),
-            f"{100 * one['diversity']:.0f} %",
-            f"{100 * one['leak']:.0f} %".replace("-", "\N{MINUS SIGN}"),
-            f"{round(100 * one['drift'])} %",  # an integer: no "-0"
-            f"{one['trained_numbers']:,}",
-            f"{one['file_bytes'] / 1e6:.2f} MB",
-            f"{one['processor_seconds']:.0f} s",
-            f"{one['peak_memory_bytes'] / 1e6:.0f} MB",
+            f"{len(one['runs'])}",
+            f"{mean(one, 'steps'):.0f}",
+            f"{closed(one):.0f}{spread(one)} %",
+            signed(mean(one, "fidelity_change")),
+            f"{100 * mean(one, 'diversity'):.0f} %",
+            f"{round(100 * mean(one, 'leak'))} %".replace("-", "\N{MINUS SIGN}"),
+            f"{round(100 * mean(one, 'drift'))} %",  # an integer: no "-0"
+            f"{mean(one, 'trained_numbers'):,.0f}",
+            f"{mean(one, 'file_bytes') / 1e6:.2f} MB",
+            f"{mean(one, 'processor_seconds'):.0f} s",
+            f"{mean(one, 'peak_memory_bytes') / 1e6:.0f} MB",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -1,6 +1,6 @@
 """Every method at equal training time on the bundled base: the table of docs/methods.md.
 
-    python benchmarks/methods.py [--only NAME ...] [--again NAME ...] [--list]
+    python benchmarks/methods.py [--only NAME ...] [--again NAME ...] [--seeds N] [--list]
 
 Every method gets the time that recipes/character-lora.yaml takes for its 400 steps. The clock is
 the processor time of one thread, as wall time says more about what else a machine does; and what
@@ -10,8 +10,9 @@ file that came out. Drawing, encoding and the class's pictures of `data.prior` a
 
 A row is written to benchmarks/results/methods.json when it is there, and docs/methods.md follows.
 Rows of the same settings and the same bundled models are kept: what was stopped goes on. `--only`
-looks at these methods alone, `--again` measures them afresh. About five minutes a method on one
-core; runs are kept in runs/methods.
+looks at these methods alone, `--again` measures them afresh, and `--seeds 3` trains each with three
+seeds, of which a row tells the mean. About five minutes a method and seed on one core; runs are
+kept in runs/methods.
 """
 
 from __future__ import annotations
@@ -147,19 +148,20 @@ class Clock:
         return (later - processor) * whole, (after - wall) * whole
 
 
-def train(name: str, steps: int) -> dict[str, Any]:
+def train(name: str, steps: int, seed: int) -> dict[str, Any]:
     """Train a method for so many steps and return what is measured of it."""
     import tunekit
     from tunekit.evaluation.judges import load_judges
     from tunekit.export import needed
 
     clock = Clock()
-    recipe = METHODS[name].load(f"train.steps={steps}")
-    run = tunekit.train(recipe, out=WORK / name, overwrite=True, reporter=clock)
+    recipe = METHODS[name].load(f"train.steps={steps}", f"train.seed={seed}")
+    run = tunekit.train(recipe, out=WORK / f"{name}-{seed}", overwrite=True, reporter=clock)
     processor, wall = clock.seconds()
     last = (run.folder / "metrics.jsonl").read_text().splitlines()[-1]
     scores = run.scores["scores"]
     return {
+        "seed": seed,
         "steps": steps,
         "likeness": {key: scores["likeness"][key] for key in ("closed", "closed_95")},
         "fidelity_change": scores["fidelity"]["change"],
@@ -254,16 +256,19 @@ def child(*words: str) -> dict[str, Any]:
     return measured
 
 
-def row(name: str) -> dict[str, Any]:
-    """Return a method's row: find its steps, train, measure."""
+def begun(name: str) -> dict[str, Any]:
+    """Return a row without runs: what the method is, and what a step of it costs."""
     method = METHODS[name]
-    cost, budget = {"reference": 1.0, "own": 1.0}, Method("", REFERENCE).load().train.steps
-    if name != "lora":
-        cost = child("--probe", name)
-    steps = max(10, 10 * round(budget * cost["reference"] / cost["own"] / 10))
+    cost = {"reference": 1.0, "own": 1.0} if name == "lora" else child("--probe", name)
     told = {"title": method.title, "recipe": method.recipe, "changes": list(method.changes)}
-    measured = child("--train", name, "--steps", str(steps))
-    return told | {"settings": settings_key(method), "cost_of_a_step": cost} | measured
+    return told | {"settings": settings_key(method), "cost_of_a_step": cost, "runs": []}
+
+
+def run(name: str, cost: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """Train a method with a seed for the steps that its time allows, and measure it."""
+    budget = Method("", REFERENCE).load().train.steps
+    steps = max(10, 10 * round(budget * cost["reference"] / cost["own"] / 10))
+    return child("--train", name, "--steps", str(steps), "--seed", str(seed))
 
 
 def save(rows: Mapping[str, Any], fingerprint: str) -> None:
@@ -291,22 +296,25 @@ def recorded(fingerprint: str) -> dict[str, Any]:
     return {name: one for name, one in rows.items() if name not in changed}
 
 
-def measure(only: Sequence[str], again: Sequence[str]) -> int:
+def measure(only: Sequence[str], again: Sequence[str], seeds: int) -> int:
     """Measure what is missing; return the number of methods that failed."""
     fingerprint, failed = bundle(), 0
     rows = recorded(fingerprint)
+    for name in again:
+        rows.pop(name, None)
     wanted = [name for name in METHODS if name in (*only, *again) or not (only or again)]
     for name in wanted:
-        if name in rows and name not in again:
-            print(f"{name:18} is there")
-            continue
         try:
-            rows[name] = row(name)
+            row = rows[name] if name in rows else begun(name)
+            done = {one["seed"] for one in row["runs"]}
+            for seed in sorted({*range(seeds)} - done):
+                row["runs"].append(run(name, row["cost_of_a_step"], seed))
+                rows[name] = row
+                save(rows, fingerprint)
         except subprocess.CalledProcessError as error:
             print(f"{name:18} failed with {error.returncode}, as told above", flush=True)
             failed += 1
             continue
-        save(rows, fingerprint)
         print(table({name: rows[name]})[-1], flush=True)
     if rows:
         save(rows, fingerprint)  # also where nothing was missing: the page may have been changed
@@ -319,19 +327,21 @@ def main() -> int:
     known = {"choices": list(METHODS), "metavar": "NAME", "nargs": "+", "default": []}
     parser.add_argument("--only", **known, help="look at these methods alone")
     parser.add_argument("--again", **known, help="measure these afresh")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds of each method")
     parser.add_argument("--list", action="store_true", help="name the methods")
     parser.add_argument("--probe", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--train", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.list:
         print("\n".join(f"{name:18} {method.title}" for name, method in METHODS.items()))
     elif options.probe:
         print(json.dumps(probe(METHODS[options.probe])))
     elif options.train:
-        print(json.dumps(train(options.train, options.steps)))
+        print(json.dumps(train(options.train, options.steps, options.seed)))
     else:
-        return measure(options.only, options.again)
+        return measure(options.only, options.again, options.seeds)
     return 0
 
 

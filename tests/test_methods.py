@@ -40,8 +40,11 @@ def test_the_page_tells_what_was_measured(rows: ModuleType, measured: dict[str, 
 
 
 def test_what_is_expected_is_judged_by_the_numbers(rows: ModuleType) -> None:
-    nothing = {key: {"likeness": {"closed": 0.0}, "diversity": 0.0} for key in rows.METHODS}
-    everything = {key: {"likeness": {"closed": 1.0}, "diversity": 1.0} for key in rows.METHODS}
+    def all_at(share: float) -> dict[str, Any]:
+        run = {"likeness": {"closed": share}, "diversity": share}
+        return {key: {"runs": [run]} for key in rows.METHODS}
+
+    nothing, everything = all_at(0.0), all_at(1.0)
     for expectation in rows.EXPECTED:
         assert set(expectation.needs) <= set(rows.METHODS)
         met, told = expectation.judge(nothing)
@@ -49,3 +52,10 @@ def test_what_is_expected_is_judged_by_the_numbers(rows: ModuleType) -> None:
         if len(expectation.needs) == 1:
             assert not met, expectation.text
             assert expectation.judge(everything)[0], expectation.text
+
+
+def test_several_seeds_are_told_by_their_mean_and_their_spread(rows: ModuleType) -> None:
+    runs = [{"likeness": {"closed": share}} for share in (0.7, 0.8, 0.9)]
+    assert rows.closed({"runs": runs}) == pytest.approx(80.0)
+    assert rows.spread({"runs": runs}) == " \N{PLUS-MINUS SIGN} 10"
+    assert rows.spread({"runs": runs[:1]}) == ""
