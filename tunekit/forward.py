@@ -43,16 +43,12 @@ def check(train: Train) -> None:
         ) from None
 
 
-def arrange(family: Family, train: Train) -> Callable[[], AbstractContextManager[None]]:
-    """Prepare the denoiser for a training's passes; a step is computed within what this returns.
+def checkpoint(family: Family, train: Train) -> None:
+    """Have the denoiser compute activations twice, or not, as `train.gradient_checkpointing` says.
 
     Gradient checkpointing (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"):
     activations inside the denoiser's blocks are computed again in the backward pass, with the same
     random numbers, so that the gradient is the same to the bit.
-
-    Compiled are the blocks that the denoiser repeats, as diffusers names them. One of them takes
-    seconds where the whole takes minutes; and compiled as a whole, torch 2.13 loses gradients of a
-    U-Net's middle on the CPU.
 
     Raises UserError where the denoiser cannot.
     """
@@ -67,6 +63,18 @@ def arrange(family: Family, train: Train) -> Callable[[], AbstractContextManager
         denoiser.enable_gradient_checkpointing()
     elif getattr(denoiser, "is_gradient_checkpointing", False):
         denoiser.disable_gradient_checkpointing()
+
+
+def arrange(family: Family, train: Train) -> Callable[[], AbstractContextManager[None]]:
+    """Prepare the denoiser for a training's passes; a step is computed within what this returns.
+
+    Compiled are the blocks that the denoiser repeats, as diffusers names them. One of them takes
+    seconds where the whole takes minutes; and compiled as a whole, torch 2.13 loses gradients of a
+    U-Net's middle on the CPU.
+
+    Raises UserError where the denoiser cannot.
+    """
+    checkpoint(family, train)
     forwards = _compiled(family) if train.compile else {}
     return lambda: _in_place(forwards)
 

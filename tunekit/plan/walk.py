@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tunekit.forward import checkpoint
 from tunekit.optim import saved_bytes, state_bytes
 from tunekit.plan.ledger import GRADIENTS, Ledger
 
@@ -121,8 +122,7 @@ class _Run:
         if prior is not None:
             width, height = prior
             shapes.append((self.latents[0], height // self.factor, width // self.factor))
-        if settings.gradient_checkpointing:
-            self.family.denoiser.enable_gradient_checkpointing()
+        checkpoint(self.family, settings)
 
         def arrived(parameter: Tensor) -> None:
             assert parameter.grad is not None
