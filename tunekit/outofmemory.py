@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from tunekit.advice import lower_memory
+from tunekit.advice import lower_drawing, lower_memory
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
+    from tunekit.advice import Advice
     from tunekit.recipe import Recipe
 
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) ?([KMGT]i?B|bytes)", re.IGNORECASE)
@@ -31,8 +33,10 @@ class OutOfMemoryError(UserError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on any device."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)  # a file that is mapped
+        or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
     )
 
 
@@ -50,14 +54,41 @@ def told(when: Callable[[], str], recipe: Recipe, resolution: int | None = None)
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        size = asked(error)
-        needed = "" if size is None else f": {size:,} bytes more were asked for"
-        train = recipe.train
         edge = f" of {resolution} pixels" if resolution else ""
-        line = f"out of memory {when()} (train.batch_size {train.batch_size}{edge}){needed}"
-        advice = [f"  {one}" for one in lower_memory(recipe, resolution)]
-        head = "; what lowers it, the cheapest first:" if advice else "; no setting lowers it more"
-        raise OutOfMemoryError("\n".join([line + head, *advice]), size) from error
+        what = f"{when()} (train.batch_size {recipe.train.batch_size}{edge})"
+        advice = lower_memory(recipe, resolution)
+        raise _explained(error, what, "what lowers it", advice) from error
+
+
+@contextlib.contextmanager
+def told_after(what: str, recipe: Recipe, resolution: int) -> Iterator[None]:
+    """Do the same after the last step, whose checkpoint stands: nothing is to be trained again.
+
+    what: was done. resolution: edge of the pictures that are drawn, in pixels.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        head = (
+            "the last step is saved, and with more memory free the same command with --resume goes "
+            "on from there; what lowers it in a new run"
+        )
+        advice = lower_drawing(recipe, resolution)
+        raise _explained(
+            error, f"{what} (pictures of {resolution} pixels)", head, advice
+        ) from error
+
+
+def _explained(
+    error: Exception, what: str, head: str, advice: Sequence[Advice]
+) -> OutOfMemoryError:
+    size = asked(error)
+    needed = "" if size is None else f": {size:,} bytes more were asked for"
+    end = f"{head}, the cheapest first:" if advice else f"{head}: no setting"
+    lines = [f"out of memory {what}{needed}; {end}", *(f"  {one}" for one in advice)]
+    return OutOfMemoryError("\n".join(lines), size)

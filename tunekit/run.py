@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit import outofmemory
+from tunekit.ranks import ALONE, Ranks, started
 from tunekit.recipe import Recipe, dump_yaml, recipe_from
 from tunekit.runfolder import EXPORT, PICTURES, RECIPE
 from tunekit.runstate import Keeper
@@ -97,44 +97,58 @@ def train(
     nothing written; TrainingError where the numbers break down; ExportError where the adapter file
     fails its verification, then with scores and report written, so that one can see why.
     """
+    from tunekit.errors import UserError
+
+    if (count := started()) > 1:
+        raise UserError(
+            f"{count} processes were started (WORLD_SIZE), and each would train the same by "
+            "itself: start `tunekit train RECIPE --processes N` alone"
+        )
+    run = train_as(ALONE, recipe, overrides, out, overwrite, reporter, resume, allow_changed)
+    assert run is not None, "alone it leads"
+    return run
+
+
+def train_as(
+    ranks: Ranks,
+    recipe: Path | str | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    resume: bool | Path | str = False,
+    allow_changed: bool = False,
+) -> Run | None:
+    """Do one process's part of `train`, and return the run; None for those that do not lead."""
     from tunekit.data import Cache
     from tunekit.interrupts import heard
     from tunekit.preparation import prepare, quietly
-    from tunekit.progress import OnScreen
+    from tunekit.progress import OnScreen, Silent
     from tunekit.resume import compare_pictures
 
     began = time.monotonic()
-    _refuse_several_processes()
     resolved = recipe_from(recipe, overrides)
     writer = RunWriter(Path(out) if out is not None else RUNS / resolved.name)
     point = _point(writer, resolved, overwrite, resume, allow_changed)
-    reporter = reporter or OnScreen()
+    reporter = (reporter or OnScreen()) if ranks.leads else Silent()
     cache = Cache(say=reporter.note)
-    with quietly(), heard(reporter.note) as wish, cache.using():
-        with outofmemory.told(lambda: "while the run was prepared", resolved):
-            prepared = prepare(resolved, reporter, cache)
+    with quietly(), heard(reporter.note) as wish, cache.using(), ranks.told():
+        with ranks.in_turn(), outofmemory.told(lambda: "while the run was prepared", resolved):
+            prepared = prepare(resolved, reporter, cache, ranks)
         if point is not None:
             compare_pictures(writer.path, prepared.manifest(), allow_changed)
-        session = _Session(resolved, writer, reporter, prepared, wish, point)
+        session = _Session(resolved, writer, reporter, prepared, wish, ranks, point)
         writer.check_space(session.space_needed())
         session.course.prepare()
+        if not ranks.leads:
+            session.course.train(Log(writer.path))  # which is never opened
+            return None
         session.seconds["preparing"] = time.monotonic() - began
         with writer.claim(overwrite, point.step if point else None) as killed:
             if killed is not None:
                 reporter.note(f"{writer.path}: the run before ({killed}) was killed")
             with session.keeper.keeping():
                 return session.run()
-
-
-def _refuse_several_processes() -> None:
-    """Raise UserError where a launcher started several processes: each would train by itself."""
-    from tunekit.errors import UserError
-
-    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(
-            f"{count} processes were started (WORLD_SIZE): a run is one process for now, and each "
-            "of them would train the same by itself; start tunekit alone"
-        )
 
 
 def _point(
@@ -165,6 +179,7 @@ class _Session:
     reporter: Reporter
     prepared: Prepared
     wish: Wish
+    ranks: Ranks = ALONE
     point: Point | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     samples: Samples = field(init=False)
@@ -190,6 +205,7 @@ class _Session:
             self.samples,
             self.keeper,
             self.point,
+            self.ranks,
         )
 
     def space_needed(self) -> int:
@@ -221,14 +237,14 @@ class _Session:
             with self._timed("training"):
                 self.course.train(log)
                 step = self.course.choose(log)
-            with self._timed("exporting"):
+            with self._timed("exporting"), self._memory_told("while the adapter was exported"):
                 try:
                     files = self._export(step)
                 except ExportError as error:
                     refused = error
                     self.prepared.notes.append(f"no adapter file came out: {error}")
                     self.reporter.note(self.prepared.notes[-1])
-            with self._timed("evaluating"):
+            with self._timed("evaluating"), self._memory_told("while the run was evaluated"):
                 evaluation = self._evaluate(files)
             self.samples.before_after(evaluation.pairs)
             log.scores(evaluation.scores["scores"], step)
@@ -296,6 +312,9 @@ class _Session:
                 held_out,
                 judges,
             )
+
+    def _memory_told(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return outofmemory.told_after(what, self.recipe, self.prepared.resolution)
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
