@@ -420,7 +420,7 @@ _PREDICTIONS: Mapping[str, dict[str, Any]] = {
 _OF_FLOWS: Mapping[str, Any] = {
     "schedulers": frozenset({"euler", "FlowMatchEulerDiscreteScheduler"}),
     "words": False,
-    "layouts": ("diffusers",),
+    "layouts": ("diffusers", "kohya"),
     "by_heart": {
         "steps": 450,
         "batch_size": 1,

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from tunekit.adapters import Adapter
     from tunekit.families import Family
     from tunekit.recipe import Recipe
-    from tunekit.schema import Layout
 
 CARD = "README.md"
 _PENDING = ".unverified"
@@ -74,30 +73,6 @@ def needed(files: Sequence[ExportedFile]) -> list[Path]:
     """Return the files that together hold all that was taught: the first adapter, and all words."""
     first = [file for file in files if file.layout not in (WORDS, BUNDLE)][:1]
     return [file.path for file in (*first, *(file for file in files if file.layout == WORDS))]
-
-
-def layouts(recipe: Recipe, family: Family) -> tuple[Layout, ...]:
-    """Return the layouts that the recipe's adapter is written in for this base.
-
-    Raises UserError where one is asked for that the base's files are not written in. A kind that
-    only this layout carries is written all the same.
-    """
-    if recipe.adapter is None:
-        return ()
-    chosen = recipe.export.layouts
-    refused = left_out(recipe, family)
-    for layout in chosen or ():
-        if layout in refused:
-            raise UserError(f"export.layouts: {layout}: {refused[layout]}")
-    return tuple(one for one in recipe.adapter.layouts(chosen) if one not in refused)
-
-
-def left_out(recipe: Recipe, family: Family) -> dict[str, str]:
-    """Return the layouts that could carry the recipe's adapter but not for this base, and why."""
-    able = recipe.adapter.layouts() if recipe.adapter is not None else ()
-    return {
-        layout: why for layout, why in family.unwritten.items() if layout in able and len(able) > 1
-    }
 
 
 def export_adapter(
@@ -179,7 +154,7 @@ class _Work:
         if adapter is None or recipe.adapter is None:
             return []
         done, dtype = [], recipe.export.dtype
-        for layout in layouts(recipe, self.family):
+        for layout in recipe.adapter.layouts(recipe.export.layouts):
             tensors, described = adapter.export_state(layout)
             path = self._path(layout)
             cast = cast_tensors(tensors, dtype, path.name)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit import embeddings
 from tunekit.changes import deltas
+from tunekit.changes.joined import Joint, by_name, separate
 from tunekit.changes.layers import (
     AddedChange,
     ShiftedParameter,
@@ -175,16 +176,17 @@ def _lora_rounding(layer: Any, name: str, floor: float) -> float:
 
 def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> Loaded:
     """Reckon every change first, so that a file that does not fit changes nothing; then add."""
-    places = _places(family)
+    places, joints = _places(family), by_name(family.joints)
     planned: list[tuple[str, nn.Module, str, Tensor]] = []
     again: dict[str, Callable[[float], float]] = {}
-    count = 0
-    for key, held in grouped.items():
+    count = sum(len(held.keys() - {"alpha"}) for held in grouped.values())
+    for key, held in _each(grouped, joints, family):
         if key not in places:
             raise VerificationError(TAKEN_UP, f"{family.label} has no module for {key}")
         name, module = places[key]
+        if any(name == before for before, *_ in planned):
+            raise VerificationError(TAKEN_UP, f"{key} is there twice, by two clients' names")
         parts = dict(held)
-        count += len(parts.keys() - {"alpha"})
         bias = parts.pop("diff_b", None)
         try:
             alpha = float(parts.pop("alpha")) if "alpha" in parts else None
@@ -211,6 +213,22 @@ def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> 
         lambda name, floor: again[name](floor),
         set_scale,
     )
+
+
+def _each(
+    grouped: Mapping[str, Mapping[str, Tensor]], joints: Mapping[str, Joint], family: Family
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Yield names and factors of a file, those of joined modules one by one under our names."""
+    for key, held in grouped.items():
+        if key not in joints:
+            yield key, held
+            continue
+        try:
+            parts = separate(joints[key], held)
+        except ValueError as fault:
+            raise VerificationError("loads", f"{key}: {fault}") from None
+        for module, own in parts.items():
+            yield family.client_name(LAYOUTS[0], "denoiser", module), own
 
 
 def _places(family: Family) -> dict[str, tuple[str, Any]]:

@@ -144,7 +144,7 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
 
     cache: where encoded pictures and words are kept; who trains holds it with `using` to the end.
     """
-    from tunekit import export, families, objective, optim, tokens
+    from tunekit import families, objective, optim, tokens
     from tunekit.data import Cache
     from tunekit.inference import default_device
 
@@ -163,12 +163,10 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
         family = families.load(recipe.base, device)
         _check_drawing(recipe, family, seen.training.resolutions)
         objective.check(recipe.train.objective, family.schedule)
-        export.layouts(recipe, family)  # refused here, where files cannot be written so
         references, told = _all_references(seen.training, seen.held_out)
         idle = ("vae",) if recipe.trains_text_encoder() else ("vae", *family.text_encoders)
         notes = [seen.training.headline(), *map(sheet.told, seen.findings), *told]
         notes += _notes(recipe, base, family, idle)
-        notes += [f"no {name} file: {why}" for name, why in export.left_out(recipe, family).items()]
         for note in notes:
             reporter.note(note)
         encode = _encoder(recipe, family, base.size_multiple, cache, reporter)

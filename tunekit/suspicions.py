@@ -23,6 +23,7 @@ _RARE = {
     "oft_R": "only PEFT reads it",
     "mid": "A1111 and ComfyUI read it, diffusers does not",
 }
+_UNET = re.compile(r"lora_unet_(down|mid|up|input|middle|output)_block")
 _TEXT = re.compile(
     r"^(?:text_encoder(?:_\d)?\.|lora_te\d?_)(?!text_model[._])(?=encoder[._]layers)"
 )
@@ -96,7 +97,7 @@ def _strength(
     ):
         yield "its alpha is in metadata that only diffusers reads: elsewhere the strength is off"
     alphas = {m.alpha for m in modules if m.rank and "alpha" in shapes[m.name]}
-    if len(alphas) > 1 and any(is_kohya(name) for name in shapes):
+    if len(alphas) > 1 and any(map(_UNET.match, shapes)):
         yield "several alphas: diffusers draws its attention modules with one of them"
 
 

@@ -168,13 +168,14 @@ def _compare_changes(
     in the file may have.
     """
     check = "changes the weights as trained"
-    if missing := sorted(trained.keys() - loaded.changes.keys()):
+    unmoved = {name for name in trained.keys() - loaded.changes.keys() if not trained[name]().any()}
+    if missing := sorted(trained.keys() - loaded.changes.keys() - unmoved):
         raise VerificationError(check, f"nothing in the file is for {_some(missing)}")
     if extra := sorted(loaded.changes.keys() - trained.keys()):
         raise VerificationError(check, f"the file changes {_some(extra)}, which was not trained")
     sizes, distances, floors = {}, {}, {}
-    for name, changed in trained.items():
-        wanted = changed()  # one module at a time: all of them are as large as the model
+    for name in sorted(trained.keys() - unmoved):
+        wanted = trained[name]()  # one module at a time: all of them are as large as the model
         sizes[name] = float(wanted.norm())
         distances[name] = float((loaded.changes[name]() - wanted).norm())
         floors[name] = loaded.rounding(name, floor)

@@ -108,16 +108,6 @@ def test_adapters_change_clip_and_not_t5(load_tiny: Load) -> None:
     assert not {"proj_out", "x_embedder", "context_embedder", "norm_out.linear"} & {*held}
 
 
-def test_sd_scripts_layout_is_refused_before_training(
-    tree: Tree, tiny_folder: Folder, tmp_path: Path
-) -> None:
-    recipe = tree(base={"model": str(tiny_folder("flux"))})
-    recipe["export"] = {"layouts": ["diffusers", "kohya"]}
-    with pytest.raises(UserError, match=r"export\.layouts: kohya: sd-scripts joins"):
-        tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
-    assert not (tmp_path / "run").exists()
-
-
 def test_new_words_are_refused(tree: Tree, tiny_folder: Folder, tmp_path: Path) -> None:
     recipe = tree(base={"model": str(tiny_folder("flux"))})
     recipe["tokens"] = [{"name": "<zorp>", "init": "robot"}]  # type: ignore[assignment]

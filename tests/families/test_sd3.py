@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tunekit
 from tunekit import adapters, families
@@ -74,9 +74,9 @@ def test_adapters_change_both_clips_and_not_t5(load_tiny: Load) -> None:
     assert "transformer_blocks.1.attn.add_k_proj" in plan["denoiser"]
 
 
-@pytest.mark.parametrize(("chosen", "kind"), [("kohya", "lora"), (None, "lora"), (None, "loha")])
-def test_sd_scripts_layout_is_refused_before_training_or_left_out(
-    chosen: str | None, kind: str, tree: Tree, tiny_folder: Folder, tmp_path: Path
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_a_run_writes_what_sd_scripts_reads(
+    kind: str, tree: Tree, tiny_folder: Folder, tmp_path: Path
 ) -> None:
     recipe = tree(
         base={"model": str(tiny_folder("sd3"))},
@@ -84,15 +84,15 @@ def test_sd_scripts_layout_is_refused_before_training_or_left_out(
         train={"steps": 1, "sample_every": 0},
         evaluate={"steps": 1},
     )
-    recipe["export"] = {"dtype": "fp32"} | ({"layouts": [chosen]} if chosen else {})
-    if chosen:
-        with pytest.raises(UserError, match=r"export\.layouts: kohya: sd-scripts joins"):
-            tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
-        assert not (tmp_path / "run").exists()
-        return
+    recipe["export"] = {"dtype": "fp32", "layouts": ["kohya"]}
     run = tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
-    # What diffusers has no loader for goes by the names that ComfyUI reads.
-    assert [file.layout for file in run.files] == ["diffusers" if kind == "lora" else "kohya"]
+    (file,) = run.files
+    names = {key.partition(".")[0] for key in load_file(file.path)}
+    if kind == "lora":
+        assert "lora_unet_joint_blocks_1_context_block_attn_qkv" in names
+        assert all(name.startswith("lora_unet_joint_blocks_") for name in names)
+    else:  # which cannot be joined, and goes by the names that ComfyUI reads
+        assert "lora_transformer_transformer_blocks_0_attn_to_q" in names
     assert tunekit.load(run.folder).draw("a zorp robot", seed=1).size == (32, 32)
 
 

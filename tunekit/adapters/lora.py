@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from tunekit import seeding
 from tunekit.adapters import _starts
 from tunekit.adapters._peft import NAME, PeftAdapter, Plan, Ranked
+from tunekit.changes.joined import by_module, join
 from tunekit.errors import UserError
 from tunekit.schema import AdapterSettings, also
 
@@ -225,10 +226,13 @@ class Lora(PeftAdapter):
         kohya = layout == "kohya"
         if fault := self._settings.layout_fault(layout):
             raise UserError(f"export.layouts: {fault}")
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = self._joined() if kohya else {}
+        joined = by_module(self._family.joints) if kohya else {}
         common = self._common_alpha()
         for component, layers in self._layers.items():
             for name in layers:
+                if component == "denoiser" and name in joined:
+                    continue
                 key = self._family.client_name(layout, component, name)
                 a, b, scaling = self._exported(component, name)
                 if kohya:
@@ -250,6 +254,26 @@ class Lora(PeftAdapter):
         if kohya:
             facts |= self.kohya_facts("networks.lora")
         return tensors, facts
+
+    def _joined(self) -> dict[str, Tensor]:
+        """Return the tensors of modules that sd-scripts joins, or calls by its own names."""
+        import torch
+
+        tensors = {}
+        own = self._layers.get("denoiser", {})
+        for joint in self._family.joints:
+            held, scales = {}, {}
+            for module in joint.modules:
+                if module in own:
+                    down, up, scales[module] = self._exported("denoiser", module)
+                    held[module] = {"down": down, "up": up}
+            if not held:
+                continue
+            made, scale = join(joint, held, scales)
+            tensors[f"{joint.kohya}.lora_down.weight"] = made["down"]
+            tensors[f"{joint.kohya}.lora_up.weight"] = made["up"]
+            tensors[f"{joint.kohya}.alpha"] = torch.tensor(scale * len(made["down"]))
+        return tensors
 
     def facts(self) -> dict[str, str]:
         # In the terms of alpha / rank, which is what files are read by.

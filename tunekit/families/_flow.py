@@ -5,7 +5,8 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunekit.errors import UserError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from tunekit.changes.joined import Joint
     from tunekit.diffusion import FlowSchedule
     from tunekit.schema import Base
 
@@ -39,10 +41,6 @@ class Flow(Latent):
     denoiser_part = "transformer"
     learns_words = False
     kohya_by_diffusers = False
-    unwritten: ClassVar[Mapping[str, str]] = {
-        "kohya": "sd-scripts joins the three matrices of an attention here into one, which tunekit "
-        "does not write; ComfyUI and diffusers read the diffusers layout"
-    }
     text_lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": _TEXT_ATTENTION,
         "attention+mlp": _TEXT_ATTENTION + _TEXT_MLP,
@@ -55,6 +53,31 @@ class Flow(Latent):
     def __init__(self, base: Base, device: torch.device, folder: ModelFolder) -> None:
         self.described = folder.configs[self.denoiser_part]
         super().__init__(base, device, folder)
+        self.joints = tuple(self._joints())
+
+    @abstractmethod
+    def layers_of_the_first_release(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield what the first release calls a layer, and ours whose rows it holds, in order."""
+
+    def turned(self, layer: str) -> bool:
+        """Say whether the first release's layer shifts before it scales, where ours scales first.
+
+        Their halves then stand the other way round.
+        """
+        return layer == "final_layer.adaLN_modulation.1"
+
+    def _joints(self) -> Iterator[Joint]:
+        from tunekit.changes.joined import Joint, Piece
+
+        for name, modules in self.layers_of_the_first_release():
+            pieces: list[Piece] = []
+            for module in modules:
+                layer: Any = self.denoiser.get_submodule(module)
+                rows: int = getattr(layer, "out_features", None) or layer.out_channels
+                half = rows // 2
+                spans = [(half, rows), (0, half)] if self.turned(name) else [(0, rows)]
+                pieces += [Piece(module, first, last) for first, last in spans]
+            yield Joint(name, tuple(pieces))
 
     @classmethod
     def _read_tokenizers(cls, folder: ModelFolder) -> dict[str, Any]:
@@ -124,7 +147,11 @@ class Flow(Latent):
         if layout == "diffusers":
             return f"{folder}.{name}"
         if layout == "kohya":
-            # As OneTrainer writes them and ComfyUI reads them: diffusers' modules by their names.
-            number = [*self.tokenizer_kinds].index(component) + 1 if folder == component else 0
-            return f"lora_{f'te{number}' if number else folder}_{name.replace('.', '_')}"
+            # Of the denoiser as OneTrainer writes and ComfyUI reads them, for what is not joined.
+            under = name.replace(".", "_")
+            if component == "denoiser":
+                return f"lora_{folder}_{under}"
+            # sd-scripts calls T5 the third, also where there are two.
+            clips = [*self.tokenizer_kinds].index(component) + 1
+            return f"lora_te{3 if component not in self.teachable else clips}_{under}"
         raise UserError(f'export.layouts: {self.label} is not written as "{layout}"')

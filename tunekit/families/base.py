@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from tunekit.changes.joined import Joint
     from tunekit.diffusion import Schedule
     from tunekit.schema import Base, Token
 
@@ -110,8 +111,9 @@ class Family(ABC):
     """The same for text encoders."""
     embedding_keys: ClassVar[Mapping[str, str]] = {}
     """Text encoder -> what files of new words call its vectors; empty where there is only one."""
-    unwritten: ClassVar[Mapping[str, str]] = {}
-    """Layout -> why what another layout can carry is not written in it."""
+    joints: Sequence[Joint] = ()
+    """The denoiser's weights that sd-scripts joins, or calls otherwise than `client_name`: a plain
+    LoRA is written so in the layout "kohya". Made when the base is loaded, and stays."""
     kohya_by_diffusers: ClassVar[bool] = True
     """Whether diffusers' loader for this family takes LoRA by the names of the kohya layout."""
     most_pixels: int = 8192

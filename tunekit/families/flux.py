@@ -7,7 +7,7 @@ how strongly it is guided; schnell, and what is trained from it, is told nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunekit.errors import UserError
@@ -24,6 +24,39 @@ _ATTENTION = (r"attn\.(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out)",)
 _MLP = (r"ff(_context)?\.net\.(0\.proj|2)", r"single_transformer_blocks\.\d+\.proj_(mlp|out)")
 _MODULATION = (r"norm1(_context)?\.linear", r"single_transformer_blocks\.\d+\.norm\.linear")
 _CLIP, _T5 = "text_encoder", "text_encoder_2"
+_PROJECTIONS = ("to_q", "to_k", "to_v")
+# What the first release calls the layers of a block, and ours whose rows they hold.
+_DOUBLE: Mapping[str, Sequence[str]] = {
+    "img_attn.qkv": [f"attn.{one}" for one in _PROJECTIONS],
+    "txt_attn.qkv": [f"attn.add_{one[3:]}_proj" for one in _PROJECTIONS],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+    "img_mod.lin": ["norm1.linear"],
+    "txt_mod.lin": ["norm1_context.linear"],
+}
+_SINGLE: Mapping[str, Sequence[str]] = {
+    "linear1": [*(f"attn.{one}" for one in _PROJECTIONS), "proj_mlp"],
+    "linear2": ["proj_out"],
+    "modulation.lin": ["norm.linear"],
+}
+_AROUND: Mapping[str, Sequence[str]] = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer.linear": ["proj_out"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+}
+_GUIDANCE_IN: Mapping[str, Sequence[str]] = {
+    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+}
 # A patch is this many cells wide and high.
 _PATCH = 2
 # Trained as if not guided: what is drawn at another strength then keeps the distance it has.
@@ -80,6 +113,24 @@ class Flux(Flow):
         # The transformer does not say it; the autoencoder was made with pictures of the same size.
         edge: int = folder.configs["vae"].get("sample_size") or 1024
         return edge
+
+    def layers_of_the_first_release(self) -> Iterator[tuple[str, Sequence[str]]]:
+        config: Any = self.denoiser.config
+        blocks = (
+            ("double", config.num_layers, _DOUBLE),
+            ("single", config.num_single_layers, _SINGLE),
+        )
+        for kind, count, layers in blocks:
+            ours = "transformer_blocks" if kind == "double" else "single_transformer_blocks"
+            for number in range(count):
+                for name, modules in layers.items():
+                    yield (
+                        f"{kind}_blocks.{number}.{name}",
+                        [f"{ours}.{number}.{m}" for m in modules],
+                    )
+        yield from _AROUND.items()
+        if config.guidance_embeds:
+            yield from _GUIDANCE_IN.items()
 
     def shifts(self) -> Callable[[int], float] | None:
         """Return latent cells -> e^mu, mu straight from patches, as the pipeline reckons it."""

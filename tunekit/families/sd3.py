@@ -6,7 +6,7 @@ be absent: the transformer then reads zeros in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunekit.errors import UserError
@@ -28,6 +28,36 @@ _MLP = (r"ff(_context)?\.net\.(0\.proj|2)",)
 _T5 = "text_encoder_3"
 # How many tokens of T5 the pipeline reads where it is not told.
 _T5_READS = 256
+# What the first release calls the layers of a block, and ours whose rows they hold; the last block
+# has less beside the words.
+_BLOCK: Mapping[str, Sequence[str]] = {
+    "x_block.attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "x_block.attn.proj": ["attn.to_out.0"],
+    "x_block.mlp.fc1": ["ff.net.0.proj"],
+    "x_block.mlp.fc2": ["ff.net.2"],
+    "x_block.adaLN_modulation.1": ["norm1.linear"],
+    "context_block.adaLN_modulation.1": ["norm1_context.linear"],
+}
+_BEFORE_LAST: Mapping[str, Sequence[str]] = {
+    "context_block.attn.proj": ["attn.to_add_out"],
+    "context_block.mlp.fc1": ["ff_context.net.0.proj"],
+    "context_block.mlp.fc2": ["ff_context.net.2"],
+}
+_TWICE: Mapping[str, Sequence[str]] = {
+    "x_block.attn2.qkv": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
+    "x_block.attn2.proj": ["attn2.to_out.0"],
+}
+_AROUND: Mapping[str, Sequence[str]] = {
+    "x_embedder.proj": ["pos_embed.proj"],
+    "context_embedder": ["context_embedder"],
+    "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder.mlp.0": ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer.linear": ["proj_out"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+}
 # Layers, whether some attend to the picture twice -> what Stability calls the model.
 _RELEASES = {
     (24, False): "stable-diffusion-v3-medium",
@@ -97,6 +127,23 @@ class StableDiffusion3(Flow):
             name: tuple(p for p in patterns if p != _WORDS_ASK) + asks
             for name, patterns in self.lora_presets.items()
         }
+
+    def layers_of_the_first_release(self) -> Iterator[tuple[str, Sequence[str]]]:
+        config: Any = self.denoiser.config
+        for number in range(config.num_layers):
+            held = {**_BLOCK, **(_BEFORE_LAST if number < config.num_layers - 1 else {})}
+            held |= _TWICE if number in config.dual_attention_layers else {}
+            for name, modules in held.items():
+                yield (
+                    f"joint_blocks.{number}.{name}",
+                    [f"transformer_blocks.{number}.{m}" for m in modules],
+                )
+        yield from _AROUND.items()
+
+    def turned(self, layer: str) -> bool:
+        # The last block drops the words, and moves them before as the last layer does the picture.
+        last = f"joint_blocks.{self.described.get('num_layers', 18) - 1}"
+        return super().turned(layer) or layer == f"{last}.context_block.adaLN_modulation.1"
 
     def right_cells(self) -> int | None:
         cells: int = self.described.get("sample_size", 128) ** 2

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunekit import embeddings
 from tunekit.changes import deltas
+from tunekit.changes.joined import Joint, separate
 from tunekit.errors import UserError
 from tunekit.factors import (
     adapter_metadata,
@@ -167,12 +168,12 @@ class AdapterFile:
         places: dict[Place, str] = {}
         unknown = []
         for name in self._keys:
-            place = self.names.find(name)
-            if place is None:
+            found = self._found(name)
+            if not found:
                 unknown.append(name)
-            elif place in places:
-                raise UserError(f"{self.path}: {name} and {places[place]} are one module")
-            else:
+            for place in found:
+                if place in places:
+                    raise UserError(f"{self.path}: {name} and {places[place]} are one module")
                 places[place] = name
         if unknown and unknown[0].startswith(_CHECKPOINT):
             raise UserError(
@@ -182,6 +183,27 @@ class AdapterFile:
         if unknown:
             raise UserError(f"{self.path}: {self.names.unknown(unknown)}")
         return places
+
+    def _found(self, name: str) -> list[Place]:
+        """Return the modules that a file's name is for: of what clients join, those that change."""
+        joint = self.names.joint(name)
+        if joint is None:
+            place = self.names.find(name)
+            return [] if place is None else [place]
+        parts = self._separate(name, joint, self._raw(name))
+        return [("denoiser", module) for module in parts]
+
+    def _raw(self, name: str) -> dict[str, Tensor]:
+        return {factor: self._file.read(key) for factor, key in self._keys[name].items()}
+
+    def _separate(
+        self, name: str, joint: Joint, raw: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        check_module(self.path, name, raw)
+        try:
+            return separate(joint, raw)
+        except (ValueError, IndexError) as fault:
+            raise UserError(f"{self.path}: {name}: {fault}") from None
 
     def kinds(self) -> dict[Place, frozenset[str]]:
         """Return the factors that each module has, without reading them."""
@@ -199,7 +221,9 @@ class AdapterFile:
         keys = self._keys[name]
         if tucker := [factor for factor in _TUCKER if factor in keys]:
             raise UserError(f"{self.path}: {name} has {tucker[0]}, which this cannot reckon with")
-        raw = {factor: self._file.read(key) for factor, key in keys.items()}
+        raw = self._raw(name)
+        if (joint := self.names.joint(name)) is not None:
+            raw = self._separate(name, joint, raw)[place[1]]
         rank = check_module(self.path, name, raw)
         broken = [keys[f] for f, t in raw.items() if not bool(t.double().isfinite().all())]
         if broken:

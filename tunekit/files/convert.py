@@ -121,8 +121,22 @@ def _turned(path: Path, out: Path, layout: str, names: Names) -> Path:
 
 def _compare(one: AdapterFile, other: AdapterFile) -> float:
     """Return the worst module's error, as a share of its change."""
-    assert one.places.keys() == other.places.keys()
-    return max(_difference(one, other, place) for place in one.places)
+    assert one.places.keys() >= other.places.keys()
+    return max(
+        _difference(one, other, place) if place in other.places else _left_out(one, place)
+        for place in one.places
+    )
+
+
+def _left_out(one: AdapterFile, place: Place) -> float:
+    """Return 0 where a module does not change: joined with others it then has no rank left."""
+    parts = one.read(place)
+    still = parts.plain and not bool(parts.factors["up"].any())
+    return (
+        0.0
+        if still and not bool(parts.factors.get("diff_b", parts.factors["up"]).any())
+        else math.inf
+    )
 
 
 def _difference(one: AdapterFile, other: AdapterFile, place: Place) -> float:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tunekit.changes.joined import Joint, by_module, by_name
 from tunekit.errors import UserError, did_you_mean
 from tunekit.schema import LAYOUTS
 
@@ -38,6 +39,8 @@ class Names:
         self.folders = {name: self._folder(name) for name in whole}
         """Component -> its folder in a diffusers model."""
         self._known: dict[str, Place | None] = {}
+        self._joints = by_name(family.joints)
+        self._joined = by_module(family.joints)
         for component, model in whole.items():
             for name, module in model.named_modules():
                 held: Any = getattr(module, "weight", None)
@@ -65,6 +68,14 @@ class Names:
             return self.written(layout, place)
         except UserError:  # this client has no name for it, so that no file can have one either
             return None
+
+    def joint(self, name: str) -> Joint | None:
+        """Return what a file calls `name` where it joins the denoiser's modules, or renames one."""
+        return self._joints.get(name.removeprefix(_PEFT))
+
+    def joined(self, place: Place) -> Joint | None:
+        """Return what holds a module's rows in the files of sd-scripts; None: it holds its own."""
+        return self._joined.get(place[1]) if place[0] == "denoiser" else None
 
     def shape(self, place: Place) -> tuple[int, ...]:
         """Return the shape of a module's weight."""
@@ -103,7 +114,7 @@ class Names:
 
     def unknown(self, names: list[str]) -> str:
         """Return the sentence that refuses names which are no modules of the base."""
-        near = did_you_mean(names[0], self._known)
+        near = did_you_mean(names[0], [*self._known, *self._joints])
         return f"{len(names)} names are no modules of {self.label}: {listed(names)}{near}"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import tunekit
 from tunekit import modelcard
+from tunekit.changes.joined import Joint, join
 from tunekit.errors import UserError
 from tunekit.factors import kind_of
 from tunekit.files.adapter import Parts
@@ -154,26 +155,58 @@ class Output:
 
     def _tensors(self, common: float) -> Iterator[tuple[str, Tensor, bool]]:
         """Yield name, tensor, and whether its format is wider than it was."""
+        joined: dict[str, list[_Held]] = {}
+        for held in self._held:
+            joint = self._joint(held)
+            if joint is None:
+                yield from self._single(held, common)
+            else:
+                joined.setdefault(joint.name, []).append(held)
+        for parts in joined.values():
+            yield from self._joined(parts)
+
+    def _joint(self, held: _Held) -> Joint | None:
+        """Return what sd-scripts joins a plain LoRA's module in, or calls it otherwise."""
+        plain = set(held.factors) <= {"down", "up", "diff_b"} and "down" in held.factors
+        return self._names.joined(held.place) if self.layout == "kohya" and plain else None
+
+    def _joined(self, parts: list[_Held]) -> Iterator[tuple[str, Tensor, bool]]:
         import torch
 
-        for held in self._held:
-            name, rank = self._names.written(self.layout, held.place), self._rank(held)
-            # Without a rank there is no alpha: readers multiply with nothing.
-            inside = common / rank if self.layout == "kohya" and rank else 1.0
-            factor = held.scale / inside
-            takes = next((f for f in _SCALED if f in held.factors), None)
-            for part in held.factors:
-                tensor = self._spool.read(_key(held.place, part))
-                key, widened = self._key(held, name, part), False
-                if part == "magnitude":
-                    tensor = self._magnitude(held.place, tensor)
-                else:
-                    scale = factor if part == takes else 1.0
-                    tensor, widened = self._cast(key, tensor, scale)
-                yield key, tensor, widened
-            alpha = common if rank else held.alpha
-            if self.layout == "kohya" and alpha is not None and "diff" not in held.factors:
-                yield f"{name}.alpha", torch.tensor(alpha), False
+        joint = self._joint(parts[0])
+        assert joint is not None
+        read = {
+            held.place[1]: {f: self._spool.read(_key(held.place, f)) for f in held.factors}
+            for held in parts
+        }
+        made, scale = join(joint, read, {held.place[1]: held.scale for held in parts})
+        for factor, tensor in made.items():
+            key = f"{joint.kohya}.{_FACTORS[self.layout].get(factor, factor)}"
+            cast, _ = self._cast(key, tensor, 1.0)
+            narrow = max(own[factor].element_size() for own in read.values() if factor in own)
+            yield key, cast, cast.element_size() > narrow
+        yield f"{joint.kohya}.alpha", torch.tensor(scale * len(made["down"])), False
+
+    def _single(self, held: _Held, common: float) -> Iterator[tuple[str, Tensor, bool]]:
+        import torch
+
+        name, rank = self._names.written(self.layout, held.place), self._rank(held)
+        # Without a rank there is no alpha: readers multiply with nothing.
+        inside = common / rank if self.layout == "kohya" and rank else 1.0
+        factor = held.scale / inside
+        takes = next((f for f in _SCALED if f in held.factors), None)
+        for part in held.factors:
+            tensor = self._spool.read(_key(held.place, part))
+            key, widened = self._key(held, name, part), False
+            if part == "magnitude":
+                tensor = self._magnitude(held.place, tensor)
+            else:
+                scale = factor if part == takes else 1.0
+                tensor, widened = self._cast(key, tensor, scale)
+            yield key, tensor, widened
+        alpha = common if rank else held.alpha
+        if self.layout == "kohya" and alpha is not None and "diff" not in held.factors:
+            yield f"{name}.alpha", torch.tensor(alpha), False
 
     def _magnitude(self, place: Place, tensor: Tensor) -> Tensor:
         """Return a magnitude, never rounded, in the shape that the layout's readers look for."""
