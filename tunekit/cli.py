@@ -104,26 +104,44 @@ def train(
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Resume though the recipe is another one.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train with so many processes on this machine, which share every batch out; "
+            "where there are GPUs, one on each.",
+            show_default="1",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Teach what a recipe says. The adapter, samples, scores and a report stay in a folder."""
+    from tunekit import launch, ranks
     from tunekit.interrupts import Interrupted
     from tunekit.progress import OnScreen
-    from tunekit.run import train
+    from tunekit.run import train_as
 
+    if (processes or 1) > 1 and ranks.started() == 1:
+        options = {"--out": out, "--resume": resume, "--processes": processes}
+        flags = {"--overwrite": overwrite, "--allow-changed": allow_changed, "--json": as_json}
+        raise typer.Exit(launch.train(recipe, overrides or (), options, flags))
     try:
-        run = train(
-            recipe,
-            overrides or (),
-            out=out,
-            overwrite=overwrite,
-            reporter=OnScreen(),
-            resume=resume is not None if resume in (None, LATEST) else resume,
-            allow_changed=allow_changed,
-        )
-    except Interrupted as stopped:
+        with ranks.joined(processes) as own:
+            run = train_as(
+                own,
+                recipe,
+                overrides or (),
+                out=out,
+                overwrite=overwrite,
+                reporter=OnScreen(),
+                resume=resume is not None if resume in (None, LATEST) else resume,
+                allow_changed=allow_changed,
+            )
+    except (Interrupted, ranks.RankLostError) as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
+    if run is None:  # one of several processes, of which the first tells
+        return
     if as_json:
         print_json(run.as_dict())
     else:

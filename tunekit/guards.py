@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tunekit.errors import UserError
+from tunekit.parallel import whole
 from tunekit.spikes import Spikes
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class Pulse:
     def _parts(self) -> Iterator[Tensor]:
         """Yield numbers of every tensor, evenly chosen: a step moves each a little or none."""
         for parameter in self._trained.values():
-            flat = parameter.detach().reshape(-1)
+            flat = whole(parameter.detach()).reshape(-1)
             yield flat[:: max(1, len(flat) // _SAMPLED)]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tunekit import identity, prior, sheets
 from tunekit.data import sheet
 from tunekit.errors import UserError
+from tunekit.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +59,24 @@ class Prepared:
     idle: tuple[str, ...]
     notes: list[str]
 
-    def batches(self, settings: Train) -> Callable[[int, int], list[Batch]]:
-        """Return ``(step, micro) -> batches``: the subject's, and the class's beside it."""
-        size, micros = settings.batch_size, settings.gradient_accumulation
-        rows = [self.dataset.batches(size, micros)]
+    def batches(self, settings: Train, ranks: Ranks = ALONE) -> Callable[[int, int], list[Batch]]:
+        """Return ``(step, micro) -> batches``: the subject's, and the class's beside it.
+
+        ranks: the process whose share of each it is.
+        """
+        cut = settings.batch_size, settings.gradient_accumulation, ranks.rank, ranks.count
+        rows = [self.dataset.batches(*cut)]
         if self.prior is not None:
-            rows.append(prior.weighted(self.prior.batches(size, micros), self.weight))
+            rows.append(prior.weighted(self.prior.batches(*cut), self.weight))
         return lambda step, micro: [row(step, micro) for row in rows]
+
+    def renew(self, recipe: Recipe) -> None:
+        """Load the base afresh and attach what may change, as it was before training."""
+        from tunekit import families
+
+        del self.family, self.adapter  # both at once would take twice the memory
+        self.family = families.load(recipe.base, self.device)
+        self.adapter = _attached(recipe, self.family)
 
     def manifest(self) -> dict[str, dict[str, str]]:
         """Return what each picture is, by its part in the run and its name: for a run that resumes.
@@ -139,17 +151,21 @@ def quietly() -> Iterator[None]:
                     logging.enable_progress_bar()
 
 
-def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, reporter: Reporter, cache: Cache | None = None, ranks: Ranks = ALONE
+) -> Prepared:
     """Check and load everything; raises UserError, and writes nothing but to the cache.
 
     cache: where encoded pictures and words are kept; who trains holds it with `using` to the end.
+    ranks: this process among those of the run; what only the first one needs, others lack.
     """
-    from tunekit import families, objective, optim, tokens
+    from tunekit import families, objective, optim
     from tunekit.data import Cache
     from tunekit.inference import default_device
 
     device = default_device()
     data = recipe.data
+    ranks.check(recipe.train)
     _check_machine(recipe, device)
     base = families.describe(recipe.base)
     if recipe.tokens:
@@ -159,23 +175,23 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
         words = [token.name for token in recipe.tokens]
         seen = sheets.look(data, recipe.train, base, reporter, words, cache)
         seen.check()
-        _check_judges(recipe)
+        if ranks.leads:
+            _check_judges(recipe)
         family = families.load(recipe.base, device)
         _check_drawing(recipe, family, seen.training.resolutions)
         objective.check(recipe.train.objective, family.schedule)
-        references, told = _all_references(seen.training, seen.held_out)
+        references, told = _all_references(seen.training, seen.held_out, ranks)
         idle = ("vae",) if recipe.trains_text_encoder() else ("vae", *family.text_encoders)
         notes = [seen.training.headline(), *map(sheet.told, seen.findings), *told]
-        notes += _notes(recipe, base, family, idle)
+        notes += [*_notes(recipe, base, family, idle), *ranks.notes(recipe.train)]
         for note in notes:
             reporter.note(note)
         encode = _encoder(recipe, family, base.size_multiple, cache, reporter)
         dataset = encode(seen.training.examples, data, seen.training.resolutions)
         keepers = _keepers(data, seen, family, cache, reporter)
         kept = encode(keepers.examples, keepers.data, keepers.resolutions[:1]) if keepers else None
-        looks = _looks(seen, keepers)
-    seed, noun = recipe.train.seed, data.class_noun
-    adapter = tokens.attach(family, recipe.adapter, recipe.tokens, noun, seed)
+        looks = _looks(seen, keepers) if ranks.leads else []
+    adapter = _attached(recipe, family)
     # Made here to be refused, where it does not suit these parameters, before anything is written.
     optim.build_optimizer(recipe.train, adapter.parameter_groups())
     return Prepared(
@@ -194,6 +210,13 @@ def prepare(recipe: Recipe, reporter: Reporter, cache: Cache | None = None) -> P
         idle=idle,
         notes=notes,
     )
+
+
+def _attached(recipe: Recipe, family: Family) -> Adapter:
+    from tunekit import tokens
+
+    noun, seed = recipe.data.class_noun, recipe.train.seed
+    return tokens.attach(family, recipe.adapter, recipe.tokens, noun, seed)
 
 
 def _keepers(
@@ -312,9 +335,11 @@ def _encoder(
 
 
 def _all_references(
-    training: DataSheet, held_out: DataSheet | None
+    training: DataSheet, held_out: DataSheet | None, ranks: Ranks
 ) -> tuple[tuple[list[Reference], list[Reference]], list[str]]:
-    """Return what is judged against, and what there is to tell of it."""
+    """Return what is judged against, by the first process, and what there is to tell of it."""
+    if not ranks.leads:
+        return ([], []), []
     ours, told = _references(training)
     apart, more = _references(held_out) if held_out else ([], [])
     return (ours, apart), [*told, *more]

@@ -200,6 +200,8 @@ def _contradictions(source: Source, faulty: set[str]) -> Iterator[Fault]:
         yield from _layouts(source, tree["export"].get("layouts"))
     if isinstance(train, dict) and train.get("fused_backward") is True:
         yield from _fused(source, data)
+    if isinstance(train, dict) and train.get("fsdp") is True:
+        yield from _in_parts(source)
     yield from word_faults(source)
     if isinstance(base, dict):
         yield from _quantize(source, base.get("quantize"))
@@ -265,6 +267,23 @@ def _fused(source: Source, data: Any) -> Iterator[Fault]:
             "(data.prior) are seen: leave one of them out"
         )
         yield source.fault(("train", "fused_backward"), problem)
+
+
+def _in_parts(source: Source) -> Iterator[Fault]:
+    """Hold what trains to what several processes can hold in parts."""
+    try:
+        adapter = _sections(source.tree)["adapter"].model_validate(source.tree.get("adapter"))
+    except ValidationError:
+        adapter = None  # there is none, or its own faults are listed already
+    problem = None
+    if not (isinstance(adapter, schema.AdapterSettings) and adapter.trains_weights):
+        problem = (
+            "shares out weights that learn themselves, which this recipe has none of: leave it"
+        )
+    elif adapter.trains_text_encoder() or source.tree.get("tokens"):
+        problem = "shares out the denoiser alone, and a text encoder or words learn too: leave it"
+    if problem:
+        yield source.fault(("train", "fsdp"), f"{problem} out (--processes works without)")
 
 
 def _quantize(source: Source, kind: Any) -> Iterator[Fault]:

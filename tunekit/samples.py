@@ -83,6 +83,11 @@ class Samples:
         save_png(sheet, self.folder / f"{who}.png", about)
         return sheet
 
+    def along(self, painter: Painter) -> None:
+        """Draw what `at_step` draws and keep nothing, beside the process that keeps it."""
+        for prompt in self.prompts:
+            next(painter.draw_many([prompt], [self.seed], self.drawing))
+
     def recall(self, last: int) -> None:
         """Take up what a run drew up to step `last`, before it was stopped, from its folder."""
         from PIL import Image

@@ -23,6 +23,19 @@ _ALONE: dict[str, tuple[tuple[Any, ...], str]] = {
     "on_nonfinite": (("stop",), "steps are taken when a gradient is found wrong"),
     "on_spike": (("warn",), "steps are taken when the loss is found wrong"),
 }
+# Key of the training section -> what fsdp leaves it at, and why.
+_IN_PARTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "fused_backward": ((False,), "a part's gradient is only there once all processes have met"),
+    "compile": ((False,), "blocks are put together from their parts between compiled ones"),
+    "optimizer": (
+        ("adamw",),
+        "others look at whole matrices, or at numbers in blocks of their own",
+    ),
+    "precision": (
+        ("fp32", "bf16"),
+        "each process would find fp16's loss scale wrong by its own parts alone",
+    ),
+}
 
 
 def grad_norm(values: dict[str, Any]) -> float:
@@ -39,6 +52,13 @@ class Memory(Section):
         "memory, a third to two thirds more time, the same gradient to the bit.",
         json_schema_extra=also("activation_checkpointing", "use_gradient_checkpointing"),
     )
+    fsdp: bool = Field(
+        False,
+        description="Whether the processes of `--processes` share out the weights that learn, "
+        "their gradient and the optimizer's state, instead of holding a copy each (FSDP2). For "
+        "kind full without a text encoder; with adamw.",
+        json_schema_extra=also("fully_shard", "use_fsdp", "zero_stage"),
+    )
     fused_backward: bool = Field(
         False,
         description="Whether each parameter takes its step within the backward pass, and its "
@@ -54,14 +74,20 @@ class Memory(Section):
         json_schema_extra=also("torch_compile", "compile_model", "dynamo_backend"),
     )
 
-    @field_validator(*_ALONE, check_fields=False)
+    @field_validator(*_ALONE, *_IN_PARTS, check_fields=False)
     @classmethod
-    def _suits_fused_backward(cls, value: Any, info: ValidationInfo) -> Any:
-        left, why = _ALONE[str(info.field_name)]
-        if info.data.get("fused_backward") and value not in left:
-            allowed = " or ".join(map(str, left))
-            raise ValueError(
-                f"{value} and fused_backward exclude each other: {why}; set {allowed}, or "
-                "fused_backward: false"
-            )
+    def _suits_what_saves_memory(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        for key, table in (("fsdp", _IN_PARTS), ("fused_backward", _ALONE)):
+            left, why = table.get(name, ((value,), ""))
+            if info.data.get(key) and value not in left:
+                allowed = " or ".join(map(_yaml, left))
+                raise ValueError(
+                    f"{_yaml(value)} and {key} exclude each other: {why}; set {allowed}, or "
+                    f"{key}: false"
+                )
         return value
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

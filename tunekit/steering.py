@@ -1,6 +1,7 @@
 """The training part of a run: drives the loop, saves, draws samples, and stops when it is asked.
 
 Whatever ends it, what was learned up to the last finished step is saved first, if it is whole.
+Several processes take the same way through it; the first of them writes, draws and tells.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from tunekit import checkpoint, keeping, outofmemory
 from tunekit.errors import UserError
+from tunekit.guards import TrainingError
+from tunekit.ranks import ALONE, Ranks
 from tunekit.runfolder import CHECKPOINTS
 from tunekit.wholefile import remove_folder
 
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 class Course:
     """The steps of one run, in its claimed folder. point: where it goes on; None: from the start.
 
-    keeper: is told of each step that was saved.
+    keeper: is told of each step that was saved. ranks: this process among those of the run.
     """
 
     recipe: Recipe
@@ -45,8 +48,10 @@ class Course:
     samples: Samples
     keeper: Keeper
     point: Point | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
+        self._sharded = self.recipe.train.fsdp and self.ranks.count > 1
         self.start = self.done = self.point.step if self.point else 0
         self._doing = "in training"
         self._judge = keeping.SampleJudge(self.recipe.evaluate, *self.prepared.references)
@@ -63,7 +68,9 @@ class Course:
         settings, ready = self.recipe.train, self.prepared
         encode = ready.family.encode_prompt if ready.adapter.trains_text_encoder else None
         with self._memory_told():
-            self._loop = Loop(ready.family, ready.adapter, settings, encode=encode)
+            self._loop = Loop(
+                ready.family, ready.adapter, settings, encode=encode, ranks=self.ranks
+            )
             if self.point is None:
                 return
             try:
@@ -88,7 +95,8 @@ class Course:
                 self._sample(0, loop, log)
         ready.family.release(*ready.idle)
         if self.start < settings.steps:
-            with self.wish.patiently(), self._rescuing(loop, log), self._memory_told():
+            saved = self._rescuing(loop, log)
+            with self.wish.patiently(), saved, self._memory_told(), self.ranks.told():
                 self._steps(loop, log)
 
     def choose(self, log: Log) -> int:
@@ -97,13 +105,15 @@ class Course:
         That is the last, or the best where the recipe asks for it.
         """
         steps, likeness = self.recipe.train.steps, self._likeness(log)
+        if self._sharded:  # what was trained in parts is put together in a fresh base
+            self.prepared.renew(self.recipe)
+            self._take(steps)
         if not self.recipe.train.keep_best:
             return steps
         best = keeping.best(likeness)
         assert best is not None, "the last step's samples are judged"
         if best != steps:
-            saved = checkpoint.read(self._folder(best))
-            self.prepared.adapter.load_state(saved.tensors["adapter"])
+            self._take(best)
         curve = ", ".join(f"{value:.3f} at step {step}" for step, value in likeness.items())
         self._note(
             f"the files are those of step {best}: of all samples its are most like the "
@@ -111,15 +121,26 @@ class Course:
         )
         return best
 
+    def _take(self, step: int) -> None:
+        saved = checkpoint.read(self._folder(step))
+        self.prepared.adapter.load_state(saved.tensors["adapter"])
+
     def _take_up(self, point: Point, loop: Loop, log: Log) -> None:
         """Show what the run showed until `point` was saved, and what it had yet to show."""
         self.samples.recall(point.step)
         self._note(f"went on from {point.folder.name}; times are those of the last part alone")
+        before = point.saved.meta.get("processes", 1)
+        if before != self.ranks.count:
+            self._note(
+                f"up to {point.folder.name} it was of {before} processes, and now it is of "
+                f"{self.ranks.count}: pictures, noise and timesteps are those it would have had, "
+                "sums are rounded otherwise, and dropout draws anew"
+            )
         self._prune(log)
         if self._shown(point.step):  # it may have been stopped between saving, drawing and judging
-            if not self.samples.shows(point.step):
+            if self.ranks.heard(not self.samples.shows(point.step)):
                 self._sample(point.step, loop, log)
-            elif point.step not in keeping.judged(log.lines):
+            elif self.ranks.heard(point.step not in keeping.judged(log.lines)):
                 self._judge_samples(point.step, loop, log)
 
     def _steps(self, loop: Loop, log: Log) -> None:
@@ -129,17 +150,18 @@ class Course:
         settings, ready = self.recipe.train, self.prepared
         smooth, smoothed = Smoother.over(settings.steps), math.nan
         with self.reporter.stage("training", settings.steps - self.start) as tick:
-            for record in loop.run(ready.batches(settings), self.start):
+            for record in loop.run(ready.batches(settings, self.ranks), self.start):
                 self.done = record.step
-                last, asked = record.step == settings.steps, self.wish.number
+                last, asked = record.step == settings.steps, self._asked()
                 if record.noticed:
                     self.reporter.note(record.noticed)
                 odd = record.noticed or record.skipped or record.spike is not None
-                if last or odd or record.step % settings.log_every == 0:
+                if self.ranks.leads and (last or odd or record.step % settings.log_every == 0):
                     log.step(record)
                 if last or asked or _due(record.step, settings.checkpoint_every):
                     self._save(record.step, loop, log)
                 if asked and not last:
+                    self.ranks.wait()
                     raise Interrupted(
                         f"stopped after step {record.step} of {settings.steps}, which is saved; "
                         f"the same command with --resume goes on",
@@ -152,6 +174,10 @@ class Course:
                     smoothed = smooth(record.loss)
                 tick(_told(record, smoothed))
 
+    def _asked(self) -> int | None:
+        """Return the signal that one of the processes was asked to stop by; None where none was."""
+        return max(self.ranks.gather(self.wish.number or 0)) or None
+
     def _shown(self, step: int) -> bool:
         """Return whether samples are drawn after `step`."""
         settings = self.recipe.train
@@ -161,14 +187,21 @@ class Course:
         return self.writer.path / CHECKPOINTS / f"step-{step:06d}"
 
     def _save(self, step: int, loop: Loop, log: Log) -> None:
+        if not (self.ranks.leads or self._sharded):
+            return
         state = loop.state()
+        if not self.ranks.leads:
+            return
         log.settle()
-        checkpoint.save(self._folder(step), state, {"step": step, "sets": sorted(state)})
+        about = {"step": step, "sets": sorted(state), "processes": self.ranks.count}
+        checkpoint.save(self._folder(step), state, about)
         self.keeper.at(step)
         self._prune(log)
 
     def _prune(self, log: Log) -> None:
         """Remove the checkpoints that the recipe does not keep."""
+        if not self.ranks.leads:
+            return
         train = self.recipe.train
         saved = checkpoint.steps(self.writer.path / CHECKPOINTS)
         best = keeping.best(self._likeness(log)) if train.keep_best else None
@@ -186,7 +219,11 @@ class Course:
 
         self._doing = f"while samples were drawn after step {step}"
         painter = Painter.of(self.prepared.family, self.prepared.adapter)
-        log.picture("samples", self.samples.at_step(painter, step), step)
+        if self.ranks.leads:
+            log.picture("samples", self.samples.at_step(painter, step), step)
+        elif self._sharded:  # nobody can draw without the parts of the others
+            self.samples.along(painter)
+        self.ranks.wait()
         self._judge_samples(step, loop, log)
         self._doing = "in training"
 
@@ -194,11 +231,13 @@ class Course:
         """Say how much a step's samples are like the real pictures; save it if none are more."""
         if not (self.recipe.train.keep_best and step):
             return
-        pictures = [dict(line.pictures)[step] for line in self.samples.timelines]
-        likeness = self._judge(pictures)
-        log.judged(step, likeness)
-        best = keeping.best(self._likeness(log) | {step: likeness})
-        if best == step and not self._folder(step).is_dir():
+        best = False
+        if self.ranks.leads:
+            pictures = [dict(line.pictures)[step] for line in self.samples.timelines]
+            likeness = self._judge(pictures)
+            log.judged(step, likeness)
+            best = keeping.best(self._likeness(log) | {step: likeness}) == step
+        if self.ranks.heard(best and not self._folder(step).is_dir()):
             self._save(step, loop, log)
         self._prune(log)
 
@@ -221,17 +260,22 @@ class Course:
         try:
             yield
         except (UserError, OSError, RuntimeError) as error:
-            if loop.whole and self.done and (told := self._rescue(loop, log, error)):
+            together = isinstance(error, TrainingError)  # which all processes find alike
+            mine = together if self._sharded else self.ranks.leads
+            if mine and loop.whole and self.done and (told := self._rescue(loop, log, error)):
                 if isinstance(error, UserError):
                     error.args = (str(error) + ("\n" if "\n" in str(error) else "; ") + told,)
                 else:
                     self.reporter.note(told)
+            if together:
+                self.ranks.wait()
             raise
 
     def _rescue(self, loop: Loop, log: Log, error: Exception) -> str:
         """Save the last finished step, and return what there is to tell of that."""
         try:
-            if not self._folder(self.done).is_dir():
+            missing = not self._folder(self.done).is_dir()
+            if self.ranks.heard(missing) if self._sharded else missing:
                 self._save(self.done, loop, log)
         except (UserError, OSError, RuntimeError) as second:
             told = f"step {self.done} could not be saved: {second}"

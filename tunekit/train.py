@@ -1,7 +1,8 @@
 """The training loop: one for every family and every adapter, on accelerate.
 
 Every random number comes from (seed, purpose, step), so any step can be computed alone, and a batch
-split into micro-batches sees the same noise and timesteps as the batch in one piece.
+split into micro-batches sees the same noise and timesteps as the batch in one piece. Several
+processes that share every batch out (`tunekit.ranks`) decide alike, from the same numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from tunekit import diffusion, forward, seeding
+from tunekit import diffusion, forward, parallel, seeding
 from tunekit.errors import UserError
 from tunekit.guards import Fault, Guards, Seen
 from tunekit.guards import TrainingError as TrainingError
@@ -25,18 +27,16 @@ from tunekit.objective import Goal
 from tunekit.optim import build_optimizer, build_schedule, load_state_tensors, state_tensors
 from tunekit.optim.average import Ema, Weights
 from tunekit.optim.fused import Stepping
+from tunekit.passes import Batches, Pass, passes_of
+from tunekit.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from tunekit.adapters.base import Adapter
-    from tunekit.data.dataset import Batch
     from tunekit.families.base import Conditioning, Family
     from tunekit.schema import Train
 
-Batches = Callable[[int, int], "Batch | Sequence[Batch]"]
-"""(step, micro) -> the pictures of that micro-batch, beside which may stand batches of the class
-(`Batch.prior`); both count from 0."""
 Encode = Callable[[Sequence[str]], "Conditioning"]
 
 # fp16 gradients overflow now and then, and the scaler answers with a smaller scale. Below this
@@ -80,28 +80,6 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One forward pass. first: its first picture's place among the step's of its kind (subject or
-    prior). total: how many of its kind the step has. timesteps: [B]."""
-
-    batch: Batch
-    micro: int
-    first: int
-    total: int
-    timesteps: Tensor
-
-    @property
-    def kind(self) -> str:
-        """Put before a purpose: pictures of the class never change the subject's draws."""
-        return "prior " if self.batch.prior else ""
-
-    def seen(self) -> list[Seen]:
-        """Return its pictures as a guard tells of them."""
-        batch, timesteps = self.batch, self.timesteps.tolist()
-        return list(map(Seen, batch.names, batch.captions, timesteps))
-
-
-@dataclass(frozen=True)
 class _Found:
     """A step's losses and its gradient's norm. clipped: whether it came as far as the gradient."""
 
@@ -134,16 +112,30 @@ def train(
 
 
 class Loop:
-    """The loop with its parts at hand: `optimizer` (torch's own) and the accelerator."""
+    """The loop with its parts at hand: `optimizer` (torch's own) and the accelerator.
+
+    ranks: this process among those that train together. `sharded`: whether each of them holds a
+    part of what trains; then `state` and `load_state` are to be asked by all.
+    """
 
     def __init__(
-        self, family: Family, adapter: Adapter, settings: Train, *, encode: Encode | None = None
+        self,
+        family: Family,
+        adapter: Adapter,
+        settings: Train,
+        *,
+        encode: Encode | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         assert adapter.trains_text_encoder == (encode is not None), (
             "a conditioning function belongs to an adapter that trains a text encoder"
         )
         self.family, self.adapter, self.settings = family, adapter, settings
         self.accelerator = _accelerator(family.device, settings.precision)
+        self.ranks, self.sharded = ranks, settings.fsdp and ranks.count > 1
+        if self.sharded:
+            parallel.share_out(family.denoiser)
+            adapter.retake()
         groups = adapter.parameter_groups()
         self.parameters = [p for group in groups for p in group.parameters]
         self.optimizer = build_optimizer(settings, groups)
@@ -157,6 +149,9 @@ class Loop:
         self.ema = Ema(trained, settings.ema) if settings.ema is not None else None
         self._weights = Weights(trained, self.optimizer, self.ema, ema_draws=settings.ema_export)
         self.guards = Guards(settings, trained, len(family.schedule))
+        self._computed: Callable[[Pass], Tensor] = self._losses
+        if ranks.count > 1 and not self.sharded:
+            self._computed = parallel.averaged(self.parameters, self._losses)
         self.whole = True
         """Whether what trains is as the last finished step left it, even if another one failed."""
 
@@ -216,18 +211,19 @@ class Loop:
             yield record
 
     def _step(self, step: int, batches: Batches, began: float) -> StepRecord:
-        passes = self._passes(step, batches)
+        passes = passes_of(step, batches, self.settings, self._goal, self.ranks)
         self.adapter.begin_step(step, self.settings.steps)
         lr = self._set_rates(step)
         rate = max(float(group["lr"]) for group in self.optimizer.param_groups)
         self.guards.pulse.begin(step, self.settings.steps, rate)
-        found = self._gradient(passes, step)
+        found = self._gradient(passes)
         taken, noticed = self.guards.decide(found.fault, step)
         overflow = self._overflows(found.norm)
         if taken:
             self._take(step, found.norm, overflow)
         elif self.accelerator.scaler is not None and found.clipped:
             self.accelerator.scaler.update()  # it waits for a step that never comes
+        shown = self.ranks.count * sum(len(one.batch.names) for one in passes)
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step + 1,
@@ -235,7 +231,7 @@ class Loop:
             loss=found.loss,
             lr=lr,
             grad_norm=found.norm,
-            images_per_second=sum(len(one.batch.names) for one in passes) / seconds,
+            images_per_second=shown / seconds,
             memory_bytes=peak_memory(self.family.device),
             seconds=seconds,
             skipped=overflow or not taken,
@@ -245,32 +241,48 @@ class Loop:
             spike=found.fault.spike if found.fault else None,
         )
 
-    def _gradient(self, passes: Sequence[_Pass], step: int) -> _Found:
+    def _gradient(self, passes: Sequence[Pass]) -> _Found:
         """Leave a step's clipped gradient in what trains; a part of it where a loss is wrong."""
         losses = {False: 0.0, True: 0.0}
         subject: list[float] = []
         seen: list[Seen] = []
+        everyone: list[Seen] = []
         for one in passes:
-            with self._reproducible(step, one):
-                each = self._losses(one, step)
-                values = each.detach().tolist()
-                if fault := self.guards.losses(values, one.seen()):
-                    return _Found(fault=fault)
+            with self._reproducible(one), self._averaging(one is passes[-1]):
+                each = self._computed(one)
                 # The mean over the whole step, whatever the sizes of its parts; the pictures of
                 # the class have a mean of their own, beside that of the subject.
                 part = each.sum() / one.total
+                values, pictures, loss = self._of_all(one, each, part)
+                if fault := self.guards.losses(values, pictures):
+                    return _Found(fault=fault)
                 self.whole = self._fused is None  # else steps are taken from here on
                 self.accelerator.backward(part)
-            losses[one.batch.prior] += part.item()
+            losses[one.batch.prior] += loss
+            everyone += pictures
             if not one.batch.prior:
                 subject += values
-                seen += one.seen()
+                seen += pictures
         norm = self._clip()
         fault = None
         if not self._overflows(norm):
-            everyone = [picture for one in passes for picture in one.seen()]
             fault = self.guards.gradient(norm, everyone) or self.guards.spike(subject, seen)
         return _Found(losses[False], losses[True], norm, fault, clipped=True)
+
+    def _of_all(
+        self, one: Pass, each: Tensor, part: Tensor
+    ) -> tuple[list[float], list[Seen], float]:
+        """Return the losses and pictures of a pass and its part of the step's, of all processes."""
+        told = self.ranks.gather([each.detach().tolist(), one.seen(), part.item()])
+        values = [value for some, _, _ in told for value in some]
+        pictures = [Seen(*picture) for _, some, _ in told for picture in some]
+        return values, pictures, sum(loss for _, _, loss in told) / self.ranks.count
+
+    def _averaging(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Let processes that hold copies meet after the last of a step's passes, not after each."""
+        if last or not isinstance(self._computed, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._computed.no_sync()
 
     def _take(self, step: int, norm: float, overflow: bool) -> None:
         """Take the optimizer's step; where the gradient overflowed, the scaler takes none."""
@@ -283,43 +295,11 @@ class Loop:
         if not overflow:
             self.guards.pulse.end(norm)
 
-    def _passes(self, step: int, batches: Batches) -> list[_Pass]:
-        """Ask for a step's batches and give each its share of the step's timesteps."""
-        asked: list[tuple[int, Batch]] = []
-        for micro in range(self.settings.gradient_accumulation):
-            given = batches(step, micro)
-            parts = given if isinstance(given, Sequence) else [given]
-            asked += [(micro, batch) for batch in parts]
-        cells: dict[bool, list[int]] = {False: [], True: []}
-        for _, batch in asked:
-            cells[batch.prior] += [batch.latents[0, 0].numel()] * len(batch.names)
-        assert cells[False], "a step without pictures of the subject"
-        drawn = {
-            prior: self._goal.timesteps(cells[prior], self._generator(purpose, step))
-            for prior, purpose in ((False, "timesteps"), (True, "prior timesteps"))
-        }
-        seen = {False: 0, True: 0}
-        passes = []
-        for micro, batch in asked:
-            first = seen[batch.prior]
-            seen[batch.prior] += len(batch.names)
-            own = drawn[batch.prior][first : seen[batch.prior]]
-            passes.append(_Pass(batch, micro, first, len(cells[batch.prior]), own))
-        return passes
-
-    def _losses(self, one: _Pass, step: int) -> Tensor:
+    def _losses(self, one: Pass) -> Tensor:
         """Return the weighted loss of each picture, [B]."""
         family, batch, goal = self.family, one.batch, self._goal
         latents = batch.latents.to(family.device, torch.float32)
-        # Drawn picture by picture and on the CPU: the same whatever the batch and the device.
-        draws = [
-            goal.noise(
-                tuple(latents.shape[1:]),
-                self._generator(f"{one.kind}noise/{one.first + i}", step),
-            )
-            for i in range(len(latents))
-        ]
-        noise, seen = (torch.stack(part).to(family.device) for part in zip(*draws, strict=True))
+        noise, seen = (part.to(family.device) for part in one.noise(goal, self.settings.seed))
         timesteps = one.timesteps.to(family.device)
         noisy = diffusion.add_noise(goal.schedule, latents, seen, timesteps)
         with self.accelerator.autocast():
@@ -332,17 +312,16 @@ class Loop:
         losses = goal.losses(prediction, wanted, timesteps, mask)
         return losses if batch.weights is None else losses * batch.weights.to(family.device)
 
-    def _generator(self, purpose: str, step: int) -> torch.Generator:
-        return seeding.generator(self.settings.seed, purpose, step)
-
     @contextlib.contextmanager
-    def _reproducible(self, step: int, one: _Pass) -> Iterator[None]:
-        """Give layers that draw from torch's global stream (dropout) numbers of this step alone."""
+    def _reproducible(self, one: Pass) -> Iterator[None]:
+        """Give layers that draw from torch's global stream (dropout) numbers of this pass alone."""
         device = self.family.device
         fused = self._fused.during() if self._fused else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), fused:
             purpose = f"{one.kind}layers/{one.micro}"
-            torch.manual_seed(seeding.derive(self.settings.seed, purpose, step))
+            if self.ranks.count > 1:  # whose pictures are others
+                purpose += f"/{self.ranks.rank} of {self.ranks.count}"
+            torch.manual_seed(seeding.derive(self.settings.seed, purpose, one.step))
             yield
 
     def _clip(self) -> float:
@@ -352,7 +331,7 @@ class Loop:
         limit = self.settings.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         assert norm is not None
-        return float(norm)
+        return float(parallel.whole(norm))
 
     def _overflows(self, norm: float) -> bool:
         """Return whether this is fp16's scale growing too large, which the scaler corrects."""

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunekit.data.visits import Round, Visit, Visits, expected, round_of, variant
+from tunekit.data.visits import Round, Visits, expected, round_of, variant
 
 ITEMS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3)), min_size=1, max_size=12)
 
@@ -22,28 +22,16 @@ def visits(items: list[tuple[str, int]], seed: int, batch_size: int) -> Visits:
 @given(
     items=ITEMS,
     batch_size=st.integers(1, 8),
-    ranks=st.integers(1, 4),
-    micros=st.integers(1, 3),
     seed=st.integers(0, 2**63 - 1),
     rounds=st.integers(1, 2),
 )
-def test_over_a_round_every_picture_is_seen_equally_often_whatever_the_ranks(
-    items: list[tuple[str, int]], batch_size: int, ranks: int, micros: int, seed: int, rounds: int
+def test_over_a_round_every_picture_is_seen_equally_often(
+    items: list[tuple[str, int]], batch_size: int, seed: int, rounds: int
 ) -> None:
     row = visits(items, seed, batch_size)
-    total = row.round.batches * rounds
-    # The ranks' batches, step by step, are the one row of a single machine.
-    taken: dict[int, tuple[Visit, ...]] = {}
-    for step in range(-(-total // (micros * ranks))):
-        for micro in range(micros):
-            for rank in range(ranks):
-                place = row.of(step, micro, micros, rank, ranks)
-                assert place not in taken
-                taken[place] = row.at(place)
-    assert sorted(taken) == list(range(len(taken)))
     seen: Counter[int] = Counter()
-    for place in range(total):
-        batch = taken[place]
+    for place in range(row.round.batches * rounds):
+        batch = row.at(place)
         assert len(batch) == batch_size
         assert len({items[visit.item][0] for visit in batch}) == 1
         seen.update(visit.item for visit in batch)

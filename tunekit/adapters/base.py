@@ -90,9 +90,19 @@ class Adapter(ABC):
     def detach(self) -> None:
         """Take everything off: the family's modules are again what they were before `attach`."""
 
+    def retake(self) -> None:
+        """Take up the parameters that now stand in the place of those that train: their parts.
+
+        For kinds whose settings say `trains_weights`. What only drawing and export need is let go.
+        """
+        raise NotImplementedError(f"{self.kind}: its parameters are not those of modules")
+
     def state(self) -> dict[str, Tensor]:
         """Return what was trained: float32 CPU copies under the names of `trained`."""
-        return {name: p.detach().float().cpu().clone() for name, p in self.trained().items()}
+        from tunekit.parallel import whole
+
+        held = self.trained().items()
+        return {name: whole(p.detach()).float().cpu().clone() for name, p in held}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` returned; nothing is changed unless every tensor fits.
@@ -100,6 +110,8 @@ class Adapter(ABC):
         Raises UserError that names tensors missing, unknown or of another shape.
         """
         import torch
+
+        from tunekit.parallel import part_as
 
         own = self.trained()
         faults = [
@@ -121,7 +133,7 @@ class Adapter(ABC):
             )
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(state[name])
+                parameter.copy_(part_as(state[name], parameter))
 
     def parameter_count(self) -> int:
         """Return how many numbers train."""

@@ -192,6 +192,12 @@ class Full(Adapter):
     def train(self, mode: bool = True) -> None:
         """Nothing here is only for training."""
 
+    def retake(self) -> None:
+        self._held = {
+            place: (module, None, getattr(module, place[-1]))
+            for place, (module, _, _) in self._held.items()
+        }
+
     def detach(self) -> None:
         for (_, _, which), (module, before, _) in self._held.items():
             setattr(module, which, before)

@@ -182,13 +182,16 @@ class EncodedDataset:
         """Return the pictures of one forward pass: the same for the same arguments and seed.
 
         step: from 0. micro: which of the step's `micros` forward passes (gradient accumulation),
-        from 0. batch_size: B, may exceed the number of pictures. rank: which of `ranks` machines
-        that share the step, from 0. Raises UserError where the cache lost an entry.
+        from 0. batch_size: may exceed the number of pictures. rank: which of `ranks` processes that
+        share the batch out, from 0; B is what each gets, the same number. Raises UserError where
+        the cache lost an entry.
         """
         import torch
 
-        row = self.visits(batch_size)
-        visits = row.at(row.of(step, micro, micros, rank, ranks))
+        assert 0 <= rank < ranks
+        share, rest = divmod(batch_size, ranks)
+        assert not rest, "no even shares"
+        visits = self.visits(batch_size).at(step * micros + micro)[share * rank :][:share]
         items = [self.items[visit.item] for visit in visits]
         shown = [
             variant(self._seed, item.key, visit.number, len(item.latents))

@@ -1,7 +1,8 @@
 """Which pictures stand in which batch: a function of the seed and the batch's place alone.
 
-All batches of a run stand in one row: step after step, micro-batch after micro-batch, rank after
-rank. A batch holds pictures of one bucket, since they must have one shape, and it is always full.
+All batches of a run stand in one row: step after step, micro-batch after micro-batch; several
+processes share each of them out. A batch holds pictures of one bucket, since they must have one
+shape, and it is always full.
 
 Rounds. An epoch shows every picture once (with repeats: that often). A bucket's pictures seldom
 fill whole batches in one epoch, so the row is made of rounds: a round is the smallest number k of
@@ -9,7 +10,7 @@ epochs after which every bucket's k * n visits fill whole batches. Each bucket h
 a seeded permutation an epoch, one after the other, cut into batches; so at any moment none of its
 pictures was seen more than one epoch oftener than another. Which bucket's turn it is, is a
 shuffle drawn for each round. After a round every picture was seen exactly k * repeats times,
-whatever the sizes, the batch size and the number of ranks. With one bucket this is nothing but
+whatever the sizes and the batch size. With one bucket this is nothing but
 permutations, one after the other.
 
 Any batch can be asked for at once: nothing before it has to be computed.
@@ -144,13 +145,6 @@ class Visits:
             item = int(items[at])
             found.append(Visit(item, epoch * int(self._repeats[item]) + int(numbers[at])))
         return tuple(found)
-
-    def of(self, step: int, micro: int, micros: int, rank: int = 0, ranks: int = 1) -> int:
-        """Return the place of a step's micro-batch on one of `ranks` machines; each from 0."""
-        assert step >= 0
-        assert 0 <= micro < micros
-        assert 0 <= rank < ranks
-        return (step * micros + micro) * ranks + rank
 
     def _draw_turns(self, number: int) -> tuple[Row, Row]:
         """Return a round's buckets in turn, and how many batches of that bucket came before."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunekit.errors import UserError
+from tunekit.parallel import part_as, whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,13 +41,13 @@ class Ema:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the average: CPU copies under the parameters' names."""
-        return {name: value.cpu().clone() for name, value in self.average.items()}
+        return {name: whole(value).cpu().clone() for name, value in self.average.items()}
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state_tensors` returned. Raises UserError where it does not fit."""
         _refuse_misfit("average of the weights", self.average, state)
         for name, value in self.average.items():
-            value.copy_(state[name])
+            value.copy_(part_as(state[name], value))
 
 
 class Weights:
@@ -103,7 +104,7 @@ class Weights:
         if not self.differ:
             return {}
         held = self._trained or {name: p.detach() for name, p in self._parameters.items()}
-        return {name: value.cpu().clone() for name, value in held.items()}
+        return {name: whole(value).cpu().clone() for name, value in held.items()}
 
     @torch.no_grad()
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
@@ -114,7 +115,7 @@ class Weights:
         if not self.differ and not state:
             return
         _refuse_misfit("trained weights", self._parameters, state)
-        self._set(state)
+        self._set({n: part_as(state[n], p) for n, p in self._parameters.items()})
         self._trained = None
 
     def _set(self, values: Mapping[str, Tensor]) -> None:

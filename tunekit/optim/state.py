@@ -51,6 +51,8 @@ def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> Non
     Raises UserError, before anything is changed, where the state is of another optimizer or of
     other parameters.
     """
+    from tunekit.parallel import part_as
+
     own = _belonging(optimizer)
     said = {key: value for key, value in state.items() if key.startswith(("shape/", "kind/"))}
     if own.keys() != said.keys() or any(own[k].tolist() != said[k].tolist() for k in own):
@@ -69,7 +71,10 @@ def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> Non
             continue
         parameter = parameters[member][place]
         device = None if _counts_on_cpu(parts[member], parameter, name) else parameter.device
-        parts[member].state[parameter][name] = _value(kind, state[key], device)
+        value = _value(kind, state[key], device)
+        if name in _ALIKE:
+            value = part_as(value, parameter)
+        parts[member].state[parameter][name] = value
 
 
 def _belonging(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -131,8 +136,10 @@ def members(optimizer: Optimizer) -> tuple[Optimizer, ...]:
 def _put(found: dict[str, Tensor], prefix: str, key: str, value: Any) -> None:
     import torch
 
+    from tunekit.parallel import whole
+
     if isinstance(value, torch.Tensor):
-        found[f"{prefix}tensor/{key}"] = value.detach().cpu().clone()
+        found[f"{prefix}tensor/{key}"] = whole(value.detach()).cpu().clone()
         return
     if value is None or (prefix and not isinstance(value, bool | int | float)):
         return  # of a group: a setting that no parameter of the constructor names
