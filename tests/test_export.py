@@ -48,7 +48,7 @@ def exported(
     recipe: Recipe, taught: tuple[Family, Adapter], tmp_path_factory: pytest.TempPathFactory
 ) -> export.ExportedFile:
     folder = tmp_path_factory.mktemp("export")
-    return export_adapter(*taught, recipe, folder, pictures=8)[0]
+    return export_adapter(*taught, recipe, folder, lesson=modelcard.Lesson(8))[0]
 
 
 @pytest.fixture

@@ -59,3 +59,29 @@ def verify_runs(folder: Folder = None, as_json: AsJson = False) -> None:
     else:
         typer.echo("\n".join(line for run in found for line in run.lines()))
     raise typer.Exit(1 if any(run.faults for run in found) else 0)
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    repo: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="The model repository; made if there is none.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it a private one, where it is made.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send what a run exported to the Hugging Face Hub: files, model card, pictures.
+
+    The access token is the Hub's own: HF_TOKEN, or what `hf auth login` stored.
+    """
+    from tunekit.push import push
+
+    sent = push(run, repo, private=private, dry_run=dry_run)
+    if as_json:
+        print_json(sent.as_dict())
+    else:
+        typer.echo("\n".join(sent.lines()))

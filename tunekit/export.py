@@ -17,12 +17,14 @@ from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.data.captions import expand, fill
 from tunekit.errors import UserError
 from tunekit.loading import VerificationError, read_by_diffusers
+from tunekit.pictures import save_png
 from tunekit.schema_tokens import file_word
 from tunekit.tokens import adapter_of, words_of
 from tunekit.verification import Parity, compare, make_probe, measure
 from tunekit.wholefile import write_whole
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from tunekit.adapters import Adapter
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from tunekit.recipe import Recipe
 
 CARD = "README.md"
+SHOWN = "pictures"
+"""The folder of the card's pictures, beside it."""
+_MOST_SHOWN = 6
 _PENDING = ".unverified"
 _REJECTED = ".rejected"
 WORDS, BUNDLE = "words", "bundle"
@@ -81,16 +86,13 @@ def export_adapter(
     recipe: Recipe,
     out_dir: Path,
     *,
-    pictures: int | None = None,
-    step: int | None = None,
-    scores: Mapping[str, str] | None = None,
+    lesson: modelcard.Lesson | None = None,
 ) -> list[ExportedFile]:
     """Write what `adapter` learned in every layout of `recipe.export`, verified, and a model card.
 
     family: the base with `adapter` still attached; it draws and trains on as before. New words get
     a file each, and where there is an adapter in kohya's naming beside them, a bundle as well.
-    pictures: how many taught it. step: after how many steps it was made; both for the metadata.
-    scores: printed in the card (see `write_card`).
+    lesson: what it was taught, for the metadata. The card has no scores and no pictures yet.
 
     Raises ExportError where a file fails its verification or a new word's vector never moved, and
     UserError where a layout cannot carry the adapter or the disk refuses. Files of an earlier
@@ -98,12 +100,12 @@ def export_adapter(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     resolution = (*recipe.data.resolutions, family.default_resolution)[0]
-    work = _Work(family, adapter, recipe, out_dir, resolution, pictures, step)
+    work = _Work(family, adapter, recipe, out_dir, resolution, lesson)
     words = work.words()
     done = [*work.adapters([file.path for file in words]), *words]
     if words and any(file.layout == BUNDLED_IN for file in done):
         done.append(work.bundle())
-    write_card(recipe, done, resolution, scores)
+    write_card(recipe, done, resolution)
     return done
 
 
@@ -116,8 +118,7 @@ class _Work:
     recipe: Recipe
     folder: Path
     resolution: int
-    pictures: int | None
-    step: int | None
+    lesson: modelcard.Lesson | None
 
     def words(self) -> list[ExportedFile]:
         """Write and verify a file for each new word; the adapter rests meanwhile."""
@@ -185,8 +186,7 @@ class _Work:
             self.family.facts(),
             described,
             self.resolution,
-            count=self.pictures,
-            step=self.step,
+            lesson=self.lesson,
             **method,
         )
 
@@ -232,16 +232,31 @@ def write_card(
     files: Sequence[ExportedFile],
     resolution: int,
     scores: Mapping[str, str] | None = None,
+    pictures: Sequence[tuple[str, Image]] = (),
 ) -> Path:
     """Write the model card beside exported files and return its path; an older one is replaced.
 
     resolution: edge of the pictures in pixels. scores: names and values to print, once known.
+    pictures: prompts and what was drawn of them, to be shown in the card; kept in a folder beside.
     """
+    shown = []
+    for number, (prompt, picture) in enumerate(pictures[:_MOST_SHOWN], 1):
+        shown.append((prompt, f"{SHOWN}/{number}.png"))
+        file = files[0].path.parent / SHOWN / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        save_png(picture, file, {"prompt": prompt})
     described = [(f.path.name, f"{f.what}, {f.dtype}, verified") for f in files]
     words = [(f.word, f.path.name) for f in files if f.word is not None]
     path = files[0].path.parent / CARD
     card = modelcard.model_card(
-        recipe, described, resolution, scores, files[0].diffusers, words=words, plain=files[0].plain
+        recipe,
+        described,
+        resolution,
+        scores,
+        files[0].diffusers,
+        words=words,
+        plain=files[0].plain,
+        pictures=shown,
     )
     write_whole(path, card)
     return path
@@ -284,7 +299,9 @@ def _write_verified(
     try:
         for path, (tensors, metadata) in planned.items():
             write_safetensors(pending[path], tensors, metadata)
-            _read_back(pending[path], tensors, metadata)
+            said = {**metadata, **modelcard.hashes(pending[path])}
+            write_safetensors(pending[path], tensors, said)
+            _read_back(pending[path], tensors, said)
         parity = check(list(pending.values()))
     except VerificationError as fault:
         kept = []

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import tunekit
 from tunekit import hub
 from tunekit.data.captions import expand
+from tunekit.lesson import Lesson as Lesson
+from tunekit.lesson import hashes as hashes
 from tunekit.redaction import without_secrets as without_secrets
 from tunekit.schema import BUNDLED
 
@@ -43,16 +45,14 @@ def file_metadata(
     facts: Mapping[str, str],
     described: Mapping[str, str],
     resolution: int,
-    count: int | None = None,
-    step: int | None = None,
+    lesson: Lesson | None = None,
     method: str = "/lora",
 ) -> dict[str, str]:
     """Return an adapter file's metadata: strings, as safetensors wants them.
 
     facts: what the family says of the base. described: what the adapter says of its tensors.
-    resolution: edge of the training pictures in pixels. count: how many pictures taught it. step:
-    after how many steps it was made, which may be fewer than the run took. method: what the
-    specification puts behind the architecture; it has one word for every kind of adapter.
+    resolution: edge of the training pictures in pixels. method: what the specification puts behind
+    the architecture; it has one word for every kind of adapter.
     """
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     name, train = base_name(recipe), recipe.train
@@ -77,12 +77,11 @@ def file_metadata(
         "tunekit.version": tunekit.__version__,
         "tunekit.base": name,
     }
-    if count is not None:
-        metadata["ss_num_train_images"] = str(count)
-    if step is not None:
-        metadata["ss_steps"] = str(step)
+    if recipe.export.license is not None:
+        metadata["modelspec.license"] = recipe.export.license
     clean = {key: without_secrets(text) for key, text in metadata.items()}
     # Cleaned value by value, because what is cut from JSON as a text may be no JSON afterwards.
+    clean |= (lesson or Lesson()).facts(recipe.name)
     clean["tunekit.recipe"] = json.dumps(travelling(recipe), ensure_ascii=False, sort_keys=True)
     return dict(sorted(clean.items()))
 
@@ -145,27 +144,35 @@ def model_card(
     diffusers: bool = True,
     words: Sequence[tuple[str, str]] = (),
     plain: Plain | None = None,
+    pictures: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the card (Markdown with Hugging Face's front matter) for an export folder.
 
     files: (file name, what it is) in order of recommendation. resolution: edge in pixels.
     scores: what to print in the table of scores, by its name; None where nothing was measured.
     diffusers: whether diffusers' own loader reads the first file. words: new words, and the files
-    among `files` that hold them. plain: what diffusers needs to be told of the base.
+    among `files` that hold them. plain: what diffusers needs to be told of the base. pictures:
+    (prompt, file beside the card) of what was drawn with it.
     """
     assert files
     plain = plain or Plain()
     base, data = base_name(recipe), recipe.data
     prompt = expand((), data)[0]
     tags = ["text-to-image", "diffusers", "tunekit"]
+    tags += ["lora"] if diffusers and recipe.adapter is not None else []
     tags += ["textual_inversion"] if words else []
     tags += ["template:sd-lora"] if diffusers and recipe.adapter is not None else []
     front = [
         "---",
         *([f"base_model: {json.dumps(base)}"] if hub.is_id(base) else []),
+        *(["base_model_relation: adapter"] if hub.is_id(base) else []),
+        *([f"license: {json.dumps(recipe.export.license)}"] if recipe.export.license else []),
         "library_name: diffusers",
+        "pipeline_tag: text-to-image",
         f"instance_prompt: {json.dumps(prompt, ensure_ascii=False)}",
         f"tags: [{', '.join(tags)}]",
+        *(["widget:"] if pictures else []),
+        *(line for shown in pictures for line in _widget(*shown)),
         "---",
     ]
     what = "style" if recipe.evaluate.kind == "style" else "subject"
@@ -183,6 +190,11 @@ def model_card(
     ]
     text = "\n".join(front) + "\n\n" + "\n\n".join(body) + "\n"
     return without_secrets(text)
+
+
+def _widget(prompt: str, file: str) -> list[str]:
+    text = json.dumps(prompt, ensure_ascii=False)
+    return [f"- text: {text}", "  output:", f"    url: {json.dumps(file)}"]
 
 
 def _usage(

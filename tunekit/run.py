@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tunekit.evaluation.measure import Evaluation
     from tunekit.export import ExportedFile
     from tunekit.interrupts import Wish
+    from tunekit.lesson import Lesson
     from tunekit.preparation import Prepared
     from tunekit.progress import Reporter
     from tunekit.resume import Point
@@ -256,7 +257,8 @@ class _Session:
             told = for_card(evaluation.scores)
             if step != (steps := self.recipe.train.steps):
                 told["made after step"] = f"{step} of {steps}: its samples were the most alike"
-            write_card(self.recipe, files, self.prepared.resolution, told)
+            drawn = [(p.told, p.after) for p in evaluation.pairs if p.seed == self.samples.seed]
+            write_card(self.recipe, files, self.prepared.resolution, told, drawn)
         self.writer.write_json(SCORES, evaluation.scores)
         page = outcome.report(evaluation, self.samples.timelines, log.lines)
         self.writer.write_text(REPORT, page)
@@ -275,11 +277,23 @@ class _Session:
                 ready.adapter,
                 self.recipe,
                 self.writer.path / EXPORT,
-                pictures=len(ready.sheet.examples),
-                step=step,
+                lesson=self._lesson(step),
             )
             tick("verified")
         return files
+
+    def _lesson(self, step: int) -> Lesson:
+        """Return what files say of the pictures, with one that is drawn where it is asked for."""
+        from tunekit.inference import Painter
+        from tunekit.lesson import Lesson
+
+        ready, thumbnail = self.prepared, None
+        if self.recipe.export.thumbnail:
+            painter = Painter.of(ready.family, ready.adapter)
+            prompt = self.question.told(self.question.prompts[0])
+            thumbnail = self.samples.draw(painter, "thumbnail", prompt, self.samples.seed)
+        captions = [example.captions for example in ready.sheet.examples]
+        return Lesson.of(captions, ready.manifest(), step, thumbnail)
 
     def _evaluate(self, files: Sequence[ExportedFile]) -> Evaluation:
         """Draw before and after, and score; the live modules draw where no file came out."""

@@ -102,6 +102,26 @@ class Verified:
         return [f"{self.folder}: {' and '.join(counted)}, all whole"]
 
 
+def exported(folder: Path) -> list[Path]:
+    """Return the files that a finished run exported, each held to what the run wrote of it.
+
+    Every byte is read. Raises UserError for a run that has not finished, or whose files changed.
+    """
+    told = _look(folder)
+    if told.state != "finished":
+        note = f" ({told.note})" if told.note else ""
+        raise UserError(
+            f"{folder}: is {told.state}{note}, at step {told.step}: only what a finished run "
+            "exported and verified is sent"
+        )
+    files = _scores(folder).get("run", {}).get("files", ())
+    if not files:
+        raise UserError(f"{folder}: has exported no files")
+    for file in files:
+        _hold(folder, file)
+    return [folder / file["path"] for file in files]
+
+
 def verified(folder: Path) -> list[Verified]:
     """Hold every checkpoint of the runs of `folder` to its manifest, every export to scores.json.
 

@@ -209,6 +209,19 @@ class Export(Section):
         "ComfyUI, sd-scripts and A1111 read); null: every one that carries what was trained.",
         json_schema_extra=also("save_format", "format"),
     )
+    license: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$",
+        description="Licence that files and model card state, by the Hub's word for it, such as "
+        "`openrail++`, `apache-2.0` or `other`; null: none is stated. The base's own may bind you.",
+        json_schema_extra=also("licence", "metadata_license"),
+    )
+    thumbnail: bool = Field(
+        False,
+        description="Whether the files carry a small picture, drawn with them (in the metadata, as "
+        "`modelspec.thumbnail`).",
+        json_schema_extra=also("metadata_thumbnail"),
+    )
 
 
 class AdapterSettings(Section):
