@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) ?([KMGT]i?B|bytes)", re.IGNORECASE)
 _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-# How a RuntimeError says it: the allocators of torch for GPUs and for the computer's memory, CUDA
-# itself, C++.
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+# How a RuntimeError says it: the allocators of torch for GPUs and for the computer's memory, a file
+# that is mapped, CUDA itself, C++.
+_SIGNS = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory"),
+    "bad_alloc",
+)
+_ONEDNN = "could not create a primitive"  # what it cannot compute at all has no descriptor
 
 
 class OutOfMemoryError(UserError):
@@ -31,19 +35,35 @@ class OutOfMemoryError(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on any device."""
+    """Return whether an error says that memory ran out, on any device.
+
+    Or one that it was raised for: libraries call what they had no room to read unreadable.
+    """
+    return any(map(_says_so, _chain(error)))
+
+
+def _says_so(error: BaseException) -> bool:
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)  # a file that is mapped
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
+        or (isinstance(error, RuntimeError) and text == _ONEDNN)
     )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def asked(error: BaseException) -> int | None:
     """Return how many bytes were asked for; None where the error does not say."""
-    found = _ASKED.search(str(error))
-    return found and int(float(found[1]) * _UNITS[found[2][0].lower()])
+    for one in _chain(error):
+        if found := _ASKED.search(str(one)):
+            return int(float(found[1]) * _UNITS[found[2][0].lower()])
+    return None
 
 
 @contextlib.contextmanager
@@ -54,8 +74,8 @@ def told(when: Callable[[], str], recipe: Recipe, resolution: int | None = None)
     """
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError, UserError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         edge = f" of {resolution} pixels" if resolution else ""
         what = f"{when()} (train.batch_size {recipe.train.batch_size}{edge})"
@@ -71,8 +91,8 @@ def told_after(what: str, recipe: Recipe, resolution: int) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError, UserError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         head = (
             "the last step is saved, and with more memory free the same command with --resume goes "
