@@ -130,7 +130,8 @@ def train_as(
     began = time.monotonic()
     resolved = recipe_from(recipe, overrides)
     writer = RunWriter(Path(out) if out is not None else RUNS / resolved.name)
-    point = _point(writer, resolved, overwrite, resume, allow_changed)
+    with outofmemory.told(lambda: "while the checkpoint was read", resolved):
+        point = _point(writer, resolved, overwrite, resume, allow_changed)
     reporter = (reporter or OnScreen()) if ranks.leads else Silent()
     cache = Cache(say=reporter.note)
     with quietly(), heard(reporter.note) as wish, cache.using(), ranks.told():
