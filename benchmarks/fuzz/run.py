@@ -4,7 +4,7 @@
 
 The readers and the ways to spoil are those of tests/faults; input N of a seed is always the same
 one. Each reader has a process of its own. What counts as a fault: any exception but the one-line
-refusal, a process that dies, more than 5 seconds of processor time (20 of waiting), more than
+refusal, a process that dies, more than 5 seconds of processor time (120 of waiting), more than
 1.5 GB of memory, a file written outside of the input's folder, a socket, a subprocess, an unpickled
 class. Writes benchmarks/results/fuzz.json, with --only these rows of it; exits with 1 where there
 is a fault.
@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "tests")]
 RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
-PROCESSOR, WAIT = 5.0, 20.0  # seconds an input
+PROCESSOR, WAIT = 5.0, 120.0  # seconds an input; others may have the processor meanwhile
 MEMORY = 1_500_000_000  # bytes an input, beyond what the process had
 _MOST_KINDS = 20  # faults of a reader told
 
@@ -90,6 +90,7 @@ def fuzz(target: Any, inputs: int, seed: int, scratch: Path) -> dict[str, Any]:
     first: dict[str, dict[str, Any]] = {}
     refused, done, slowest, largest = 0, 0, (0.0, 0), (0, 0)
     while done < inputs:
+        start = done
         ours, theirs = multiprocessing.Pipe(duplex=False)
         worker = multiprocessing.get_context("fork").Process(
             target=_work, args=(target, done, inputs, seed, scratch, theirs)
@@ -98,8 +99,7 @@ def fuzz(target: Any, inputs: int, seed: int, scratch: Path) -> dict[str, Any]:
         theirs.close()
         fault = None
         while done < inputs:
-            # The first answer waits for imports.
-            if not ours.poll(120 if fault is None and done == 0 else WAIT + PROCESSOR):
+            if not _answers(ours, worker.pid or 0, imports=done == start):
                 worker.kill()
                 fault = "hung"
                 break
@@ -132,6 +132,19 @@ def fuzz(target: Any, inputs: int, seed: int, scratch: Path) -> dict[str, Any]:
             for what, count in told.most_common(_MOST_KINDS)
         ],
     }
+
+
+def _answers(pipe: Connection, pid: int, imports: bool) -> bool:
+    """Wait for an answer; False where the process had the processor, or the time, for too long.
+
+    imports: it has to import first, which counts as waiting alone.
+    """
+    began, busy = time.monotonic(), time.clock_gettime((~pid << 3) | 2)  # Linux's clock of another
+    while not pipe.poll(PROCESSOR):
+        used = time.clock_gettime((~pid << 3) | 2) - busy
+        if time.monotonic() - began > WAIT or (used > PROCESSOR and not imports):
+            return False
+    return True
 
 
 def _work(target: Any, start: int, end: int, seed: int, scratch: Path, answers: Connection) -> None:
