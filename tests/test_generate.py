@@ -16,7 +16,7 @@ import tunekit
 from tunekit import checkpoint, export
 from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.errors import UserError
-from tunekit.generate import Request, generate, parse_adapter
+from tunekit.generate import Request, adapter_of, generate, parse_adapter
 from tunekit.inference import DrawSettings, load
 from tunekit.pictures import read_settings
 from tunekit.recipe import Recipe, dump_yaml
@@ -86,7 +86,9 @@ class TestRun:
         made = generate(asked, tmp_path, device="cpu")
         settings = [read_settings(path) for path in made.pictures]
         assert [s["seed"] for s in settings] == [8, 9]
-        assert settings[0]["adapters"] == [{"name": f"{run.name}/step-000002", "weight": 1.0}]
+        saved = run / "checkpoints/step-000002/adapter.safetensors"
+        named = {"name": f"{run.name}/step-000002", "weight": 1.0}
+        assert settings[0]["adapters"] == [{**named, "sha256": export.sha256(saved)}]
         assert settings[0]["scale"] == 0.5
         with Image.open(made.pictures[0]) as picture:
             assert picture.size == (40, 32)
@@ -251,3 +253,8 @@ def test_an_adapter_on_the_command_line(tmp_path: Path) -> None:
     assert parse_adapter("x.safetensors") == (Path("x.safetensors"), 1.0)
     with pytest.raises(UserError, match='"half" is no weight'):
         parse_adapter("x.safetensors:half")
+    assert adapter_of(str(file)) == file
+    assert adapter_of(f"{file}:0.5") == (file, 0.5)
+    assert adapter_of(f"{file}:0.5:0.25") == (file, (0.5, 0.25))
+    with pytest.raises(UserError, match='"much" is no weight'):
+        adapter_of(f"{file}:much:0.25")

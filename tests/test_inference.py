@@ -13,9 +13,9 @@ from PIL import Image, ImageChops, ImageStat
 from taught import recipe_for, teach
 
 import tunekit
-from tunekit import checkpoint, export
+from tunekit import adapters, checkpoint, export
 from tunekit.adapters import Adapter
-from tunekit.checkpoint import write_safetensors
+from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.data.dataset import Batch
 from tunekit.errors import UserError
 from tunekit.families import Family
@@ -26,6 +26,7 @@ from tunekit.schema import Base, Train
 from tunekit.train import train
 
 PROMPT = "a zorp robot"
+SAID = "a <blip> robot"  # a new word
 QUICK = DrawSettings(steps=2)
 
 
@@ -324,3 +325,121 @@ def test_a_base_in_half_precision_draws(recipe: Recipe, file: Path) -> None:
     half = Base(model=recipe.base.model, dtype="bf16")
     image = load(half, [file], "cpu").draw(PROMPT, 1, QUICK)
     assert image.size == (32, 32)
+
+
+class TestApart:
+    """Denoiser and text encoders at strengths of their own."""
+
+    def test_each_part_has_its_own(self, recipe: Recipe, file: Path, tmp_path: Path) -> None:
+        tensors, metadata = read_safetensors(file)
+        halves = {}
+        for part in ("unet", "text_encoder"):
+            own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+            halves[part] = tmp_path / f"{part}.safetensors"
+            write_safetensors(halves[part], own, {"tunekit.base": metadata["tunekit.base"]})
+        for (whole, text), part in {(1.0, 0.0): "unet", (0.0, 1.0): "text_encoder"}.items():
+            alone = load(recipe.base, [halves[part]], "cpu").draw(PROMPT, 1, QUICK)
+            weighted = load(recipe.base, [(file, (whole, text))], "cpu")
+            assert same(weighted.draw(PROMPT, 1, QUICK), alone), part
+            both = load(recipe.base, [file], "cpu")
+            asked = DrawSettings(steps=2, scale=whole, text_scale=text)
+            assert same(both.draw(PROMPT, 1, asked), alone), part
+            stored = next(both.draw_many([PROMPT], [1], asked)).settings
+            assert (stored["scale"], stored["text_scale"]) == (whole, text)
+        assert not same(alone, both.draw(PROMPT, 1, QUICK))
+
+    def test_strengths_multiply(self, recipe: Recipe, file: Path) -> None:
+        once = load(recipe.base, [(file, (0.5, 0.25))], "cpu")
+        asked = DrawSettings(steps=2, scale=0.5, text_scale=0.25)
+        whole = load(recipe.base, [file], "cpu").draw(PROMPT, 1, asked)
+        assert same(once.draw(PROMPT, 1, QUICK), whole)
+
+    def test_a_checkpoint_has_one(self, recipe: Recipe, tmp_path: Path, base: Painter) -> None:
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+        saved = tmp_path / "checkpoints" / "step-000001"
+        checkpoint.save(saved, {"adapter": teach(recipe)[1].state()}, {})
+        painter = load(recipe.base, [saved], "cpu")
+        with pytest.raises(UserError, match="a checkpoint has one strength"):
+            painter.draw(PROMPT, 1, DrawSettings(steps=2, text_scale=0.5))
+        family, adapter = teach(recipe)
+        with pytest.raises(UserError, match="in training is drawn at one strength"):
+            Painter.of(family, adapter).draw(PROMPT, 1, DrawSettings(steps=2, text_scale=0.5))
+        with pytest.raises(UserError, match=r"text_scale: 0\.5 scales nothing"):
+            base.draw(PROMPT, 1, DrawSettings(steps=2, text_scale=0.5))
+
+
+@pytest.fixture(scope="module")
+def several(recipe: Recipe, file: Path, tmp_path_factory: Any) -> dict[str, Any]:
+    """Return what may be loaded: of diffusers' reading and of ours, words, a checkpoint."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)) / 10
+    write_safetensors(folder / "words.safetensors", {"<blip>": rows})
+    found: dict[str, Any] = {"lora": [file], "words": [folder / "words.safetensors"]}
+    loha, full = (
+        recipe.model_copy(update={"adapter": adapters.get(kind).Settings(kind=kind)})
+        for kind in ("loha", "full")
+    )
+    found["loha"] = [export.export_adapter(*teach(loha), loha, folder / "loha")[0].path]
+    (folder / "recipe.yaml").write_text(dump_yaml(full))
+    found["checkpoint"] = [folder / "checkpoints" / "step-000001"]
+    checkpoint.save(found["checkpoint"][0], {"adapter": teach(full)[1].state()}, {})
+    found["all"] = [found["lora"][0], (found["loha"][0], 0.5), *found["words"]]
+    found["none"] = []
+    return found
+
+
+class TestSwap:
+    """Other adapters on the base that is in memory."""
+
+    def test_each_draws_as_if_loaded_alone(
+        self, recipe: Recipe, several: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alone = {
+            name: load(recipe.base, files, "cpu").draw(SAID, 1, QUICK)
+            for name, files in several.items()
+        }
+        assert len({image.tobytes() for image in alone.values()}) == len(alone)
+        painter = load(recipe.base, several["words"], "cpu")
+        monkeypatch.setattr("tunekit.families.load", None)  # the base is not read again
+        for name in ("all", "none", "lora", "checkpoint", "loha", "words", "lora", "all", "none"):
+            painter.swap(several[name])
+            drawn = next(painter.draw_many([SAID], [1], QUICK))
+            assert same(drawn.image, alone[name]), name
+            assert len(drawn.settings["adapters"]) == len(several[name])  # type: ignore[arg-type]
+
+    def test_the_base_is_left_bit_for_bit(self, recipe: Recipe, several: dict[str, Any]) -> None:
+        painter = load(recipe.base, [], "cpu")
+        before = [
+            (name, key, tensor.data_ptr(), tensor.clone())
+            for name, module in painter.family.components().items()
+            for key, tensor in module.state_dict().items()
+            if "token_embedding" not in key  # a table that grows moves
+        ]
+        words = len(painter.family.tokenizers["text_encoder"])
+        for files in several.values():
+            painter.swap(files)
+        after = {
+            (name, key): tensor
+            for name, module in painter.family.components().items()
+            for key, tensor in module.state_dict().items()
+        }
+        assert len(painter.family.tokenizers["text_encoder"]) == words
+        for name, key, place, tensor in before:
+            assert after[name, key].data_ptr() == place
+            assert torch.equal(after[name, key], tensor)
+
+    def test_what_does_not_fit_leaves_the_former_on(
+        self, recipe: Recipe, several: dict[str, Any], file: Path, tmp_path: Path
+    ) -> None:
+        painter = load(recipe.base, [(file, 0.5)], "cpu")
+        before = painter.draw(SAID, 1, QUICK)
+        stray = tmp_path / "stray.safetensors"
+        write_safetensors(stray, {"x.lora_A.weight": torch.ones(4, 4)})
+        for wrong in ([*several["words"], *several["loha"], stray], [tmp_path / "none"]):
+            with pytest.raises(UserError):
+                painter.swap(wrong)
+            assert same(painter.draw(SAID, 1, QUICK), before)
+
+    def test_what_trains_is_not_swapped(self, recipe: Recipe, file: Path) -> None:
+        with pytest.raises(UserError, match="what is in training cannot be swapped"):
+            Painter.of(*teach(recipe)).swap(file)

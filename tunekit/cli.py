@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tunekit import cli_data, cli_files, cli_runs
+from tunekit import cli_data, cli_files, cli_generate, cli_runs
 from tunekit.cli_options import AsJson, Overrides, RecipeFile, print_json
 from tunekit.errors import UserError
 
@@ -190,102 +190,7 @@ app.command()(cli_files.convert)
 app.command()(cli_files.merge)
 app.command()(cli_files.extract)
 app.command()(cli_files.resize)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to draw; may be given several times. {trigger} and {class} are filled in "
-            "where a recipe says them.",
-            show_default="the run's own",
-        ),
-    ] = None,
-    run: Annotated[Path | None, typer.Option(help="A run's folder.")] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:WEIGHT]",
-            help="An adapter file; may be given several times. Weight 1 is as it was trained.",
-            show_default=False,
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(help="A checkpoint of the run, such as step-000200, not its export."),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="toybox, a folder or a Hub id.", show_default="the run's or file's"),
-    ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(help="Hold the base in few bits, such as nf4.", show_default="the full base"),
-    ] = None,
-    negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="The first picture's seed; the next count up.")
-    ] = None,
-    count: Annotated[int | None, typer.Option(help="Pictures a prompt.")] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Denoising steps, 1 to 1000.", show_default="the run's, else 25"),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance, 0 to 100; 1: none.", show_default="the run's, else 5"),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="Sampler, such as ddim or euler.", show_default="the run's or base's"),
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    scale: Annotated[
-        float, typer.Option(help="Strength of the adapters; 1 as trained, 0 the base alone.")
-    ] = 1.0,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder.", show_default="a new one in generated/")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace pictures that are there already.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Draw a folder of pictures and a grid. A run, adapter files, or the base alone draws."""
-    from tunekit.generate import Request, generate, parse_adapter
-
-    request = Request(
-        run=run,
-        checkpoint=checkpoint,
-        adapters=[parse_adapter(text) for text in adapter or ()],
-        base=base,
-        quantize=quantize,
-        prompts=prompt or (),
-        negative_prompt=negative,
-        seed=seed,
-        count=count,
-        steps=steps,
-        guidance_scale=guidance,
-        scheduler=scheduler,
-        scale=scale,
-        width=width,
-        height=height,
-    )
-    made = generate(
-        request,
-        out,
-        overwrite=overwrite,
-        progress=lambda drawn: typer.echo(
-            f"{drawn.number}/{drawn.total}  {drawn.prompt} (seed {drawn.seed})", err=True
-        ),
-    )
-    if as_json:
-        pictures = [str(path) for path in made.pictures]
-        print_json({"folder": str(made.folder), "pictures": pictures, "grid": str(made.grid)})
-    else:
-        typer.echo(str(made.grid))
+app.command()(cli_generate.generate)
 
 
 @app.command()

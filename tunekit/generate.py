@@ -2,66 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
-from tunekit import hub, inference
-from tunekit.checkpoint import read_safetensors
-from tunekit.data.captions import fill
-from tunekit.errors import UserError, did_you_mean
-from tunekit.inference import (
-    AdapterSource,
-    Drawn,
-    DrawSettings,
-    Painter,
-    is_checkpoint,
-    sources,
-)
+from tunekit import inference
+from tunekit.drawing import Wanted, settings_of
+from tunekit.errors import UserError
+from tunekit.inference import Drawn, Painter
+from tunekit.mounted import AdapterSource, sources
 from tunekit.pictures import grid, save_png
-from tunekit.runfolder import RECIPE, RunFolder
-from tunekit.schema import BUNDLED, Base, Data, Evaluate, Quantized
+from tunekit.request import Plan, plan
+from tunekit.request import Request as Request
+from tunekit.runfolder import RECIPE
+from tunekit.schema import BUNDLED, Base
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
+    from pydantic import JsonValue
 
+say = logging.getLogger("tunekit").warning
 GRID = "grid.png"
 _FOLDER = Path("generated")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw and with what; None: as the run, or the recipe in the adapter file, has it.
-
-    run: a run folder; checkpoint: the name of one of its checkpoints, instead of its exported file.
-    adapters: adapter files or checkpoint folders, as paths or (path, weight). base: needed where
-    neither run nor files say it. quantize: as the recipe's base.quantize; None: the full base.
-    prompts: ``{trigger}`` and ``{class}`` are filled in where a recipe is known, and ``{{`` is a
-    brace there. seed: of the first picture of each prompt; count: pictures per prompt, each with
-    the next seed. The others are those of `inference.DrawSettings`.
-    """
-
-    run: Path | None = None
-    checkpoint: str | None = None
-    adapters: Sequence[AdapterSource] = ()
-    base: str | None = None
-    quantize: str | None = None
-    prompts: Sequence[str] = ()
-    negative_prompt: str | None = None
-    seed: int | None = None
-    count: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    scheduler: str | None = None
-    scale: float = 1.0
-    width: int | None = None
-    height: int | None = None
+_OWN = ("prompt", "seed", "batch")  # what differs from picture to picture
 
 
 @dataclass(frozen=True)
@@ -71,20 +38,6 @@ class Generated:
     folder: Path
     pictures: tuple[Path, ...]
     grid: Path
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What a run or a file says of how to draw with it; `name` is what its pictures go under.
-
-    clip_skip: what was trained with, whichever base is then named.
-    """
-
-    base: Base | None = None
-    data: Data | None = None
-    evaluate: Evaluate | None = None
-    name: str = "pictures"
-    clip_skip: int | None = None
 
 
 def load(
@@ -98,7 +51,7 @@ def load(
     diffusers folder, a Hub id, a section of a recipe; None: the one that the only adapter says,
     `toybox` without adapters. adapters: one or several, as of `inference.load`. A run, or an only
     adapter, also says the painter's `settings` (size, steps, guidance) and the words that its
-    ``draw`` fills into {trigger} and {class}.
+    ``draw`` fills into {trigger} and {class}. Its `swap` puts other adapters on the same base.
 
     Raises UserError for what is not there, not safe to read, or does not fit the base.
     """
@@ -110,14 +63,14 @@ def load(
         if base is None and not adapters:
             base = BUNDLED
         request = Request(adapters=adapters)
-    known, adapters = _resolve(request)
+    found, adapters = request.resolved()
     if base is not None:
-        named = base if isinstance(base, Base) else _named(str(base), known)
-        known = replace(known, base=named)
-    painter = inference.load(_base(known), adapters, device)
-    painter.settings = _settings(request, known)
-    if known.data is not None:
-        painter.words = (known.data.trigger, known.data.class_noun)
+        named = base if isinstance(base, Base) else found.named(str(base))
+        found = replace(found, base=named)
+    painter = inference.load(found.required(), adapters, device)
+    painter.settings = settings_of(found.values())
+    if found.data is not None:
+        painter.words = (found.data.trigger, found.data.class_noun)
     return painter
 
 
@@ -128,26 +81,25 @@ def generate(
     overwrite: bool = False,
     device: str | torch.device | None = None,
     progress: Callable[[Drawn], object] | None = None,
+    note: Callable[[str], object] = say,
 ) -> Generated:
     """Draw what is asked for into a folder of PNGs, each with its settings inside, and a grid.
 
     out: default ``generated/NAME-001`` (or the next free number) in the working directory, never in
     the run's own folder, which ``train --overwrite`` clears. overwrite: whether `out` may hold
     pictures of an earlier call; those of the same name are replaced. progress: called with every
-    picture once it is written.
+    picture once it is written. note: told what differs from a picture that is drawn again.
 
     Raises UserError where something is missing, unsafe, unknown or contradictory; nothing is
     written before everything has been loaded.
     """
-    known, adapters = _resolve(request)
-    base = _narrowed(_base(known), request.quantize)
-    prompts = [_filled(prompt, known.data) for prompt in request.prompts or _prompts(known)]
-    seeds = _seeds(request, known.evaluate)
-    settings = _settings(request, known)
-    folder = _folder(out, known.name, overwrite)
-    painter = inference.load(base, adapters, device)
+    decided = plan(request)
+    folder = _folder(out, decided.name, overwrite)
+    painter = inference.load(decided.base, decided.adapters, device, identify=True)
+    for difference in _differences(decided, str(painter.about["base_sha256"])):
+        note(difference)
     drawn, paths = [], []
-    for picture in painter.draw_many(prompts, seeds, settings):
+    for picture in painter.draw_all(decided.wanted):
         name = f"{picture.number:03d}-{_slug(picture.prompt)}-seed{picture.seed}.png"
         folder.mkdir(parents=True, exist_ok=True)
         save_png(picture.image, folder / name, picture.settings)
@@ -155,15 +107,46 @@ def generate(
         drawn.append(picture)
         if progress is not None:
             progress(picture)
-    columns = len(seeds) if len(seeds) > 1 else min(4, len(drawn))
-    labels = [f"{picture.prompt} (seed {picture.seed})" for picture in drawn]
-    sheet = grid([picture.image for picture in drawn], columns, labels)
-    shared = {key: value for key, value in drawn[0].settings.items() if key not in _OWN}
-    save_png(sheet, folder / GRID, shared | {"prompts": list(prompts), "seeds": list(seeds)})
+    if decided.again is not None and decided.unchanged:
+        note(decided.again.compared(drawn[0].image))
+    save_png(_sheet(drawn, decided.wanted), folder / GRID, _shared(drawn))
     return Generated(folder, tuple(paths), folder / GRID)
 
 
-_OWN = ("prompt", "seed")  # what differs from picture to picture
+def _differences(decided: Plan, base: str) -> list[str]:
+    """Return in words what is not as it was when a picture that is drawn again was drawn.
+
+    base: the fingerprint of the one that is loaded. Raises UserError for another base than the
+    picture's, unless the user named it.
+    """
+    if decided.again is None:
+        return []
+    other = decided.again.base_differs(base)
+    if other is not None and not decided.named:
+        raise UserError(f"{other}: name one with --base to draw on it all the same")
+    return [*([other] if other else ()), *decided.again.differences(decided.adapters)]
+
+
+def _sheet(drawn: Sequence[Drawn], wanted: Sequence[Wanted]) -> Image.Image:
+    """Return all pictures in one: a row for each prompt where each has as many seeds."""
+    counts = {len(one.handed_out) for one in wanted}
+    most = max(counts)
+    columns = most if len(counts) == 1 and most > 1 else min(4, len(drawn))
+    labels = [f"{picture.prompt} (seed {picture.seed})" for picture in drawn]
+    return grid([picture.image for picture in drawn], columns, labels)
+
+
+def _shared(drawn: Sequence[Drawn]) -> dict[str, JsonValue]:
+    """Return what is stored in the grid: what all pictures share, and their prompts and seeds."""
+    first, *others = (picture.settings for picture in drawn)
+    shared = {
+        key: value
+        for key, value in first.items()
+        if key not in _OWN and all(other.get(key) == value for other in others)
+    }
+    prompts: list[JsonValue] = [*dict.fromkeys(picture.prompt for picture in drawn)]
+    seeds: list[JsonValue] = [*dict.fromkeys(picture.seed for picture in drawn)]
+    return {**shared, "prompts": prompts, "seeds": seeds}
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -179,129 +162,19 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         ) from None
 
 
-def _resolve(request: Request) -> tuple[_Known, list[AdapterSource]]:
-    """Return what is known, and every adapter to load."""
-    adapters = list(request.adapters)
-    if request.run is not None:
-        run = RunFolder.open(request.run)
-        known = _of_run(run)
-        own = [run.checkpoint(request.checkpoint)] if request.checkpoint else run.exported()
-        adapters[:0] = own
-    elif request.checkpoint is not None:
-        raise UserError(f"checkpoint: {request.checkpoint} is looked for in a run; name it (--run)")
-    else:
-        known = _said_by_all([Path(a[0] if isinstance(a, tuple) else a) for a in adapters])
-    if request.base is not None:
-        known = replace(known, base=_named(request.base, known))
-    return known, adapters
+def adapter_of(text: str) -> AdapterSource:
+    """Read ``FILE``, ``FILE:WEIGHT`` or ``FILE:WEIGHT:WEIGHT``, the second for text encoders.
 
-
-def _named(model: str, known: _Known) -> Base:
-    """Return the base of this name, read as what is drawn with it was trained to."""
-    return Base(model=model, clip_skip=known.clip_skip)
-
-
-def _base(known: _Known) -> Base:
-    if known.base is None:
-        raise UserError(
-            "base: neither a run nor the adapter file says which model to draw with; name it, such "
-            f"as --base {BUNDLED}"
-        )
-    return known.base
-
-
-def _of_run(run: RunFolder) -> _Known:
-    recipe = run.recipe
-    base = _full(recipe.base)
-    return _Known(base, recipe.data, recipe.evaluate, recipe.name, base.clip_skip)
-
-
-def _narrowed(base: Base, kind: str | None) -> Base:
-    """Return the base held in few bits, where that is asked for."""
-    if kind is None:
-        return base
-    if kind not in (kinds := get_args(Quantized)):
-        raise UserError(
-            f'quantize: must be {" or ".join(kinds)}, not "{kind}"{did_you_mean(kind, kinds)}'
-        )
-    return base.model_copy(update={"quantize": kind})
-
-
-def _full(base: Base) -> Base:
-    """Return a recipe's base as files are made for: what training held in few bits is whole."""
-    return base.model_copy(update={"quantize": None})
-
-
-def _said_by_all(paths: Sequence[Path]) -> _Known:
-    """Return what files of one training say, such as an adapter and its words; else nothing."""
-    if not paths or (len(paths) > 1 and not all(path.is_file() for path in paths)):
-        return _Known()
-    first, *others = map(_said_by, paths)
-    same = all(replace(other, name=first.name) == first for other in others)
-    return first if same else _Known()
-
-
-def _said_by(path: Path) -> _Known:
-    """Return what the recipe in a file, run or checkpoint says; nothing where none can be read."""
-    if is_checkpoint(path):
-        return _of_run(RunFolder.around(path))
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file")
-    if not path.is_file():
-        return _of_run(RunFolder.open(path))
-    _, metadata = read_safetensors(path)
-    text = metadata.get("tunekit.recipe")
-    if text is None:
-        return _Known(name=path.stem)
-    try:
-        tree: dict[str, Any] = json.loads(text)
-        base = Base.model_validate(tree["base"])
-        data = Data.model_validate(tree["data"])
-        evaluate = Evaluate.model_validate(tree["evaluate"])
-    except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as fault:
-        said = " ".join(str(fault).split())[:200]
-        warnings.warn(f"{path}: the recipe in it is not one I read: {said}", stacklevel=2)
-        return _Known(name=path.stem)
-    # Only the last name of a path was kept in the file: that is no place to look for a model, and a
-    # path in it is no word of ours. Whose code is trusted, no file may say.
-    named = (base.model == BUNDLED or hub.is_id(base.model)) and base.vae is None
-    base = _full(base.model_copy(update={"trust_remote_code": False, "config": None}))
-    return _Known(base if named else None, data, evaluate, path.stem, base.clip_skip)
-
-
-def _prompts(known: _Known) -> Iterable[str]:
-    if known.evaluate is None:
-        raise UserError("prompt: name at least one, as in --prompt 'a red robot'")
-    return known.evaluate.prompts
-
-
-def _filled(prompt: str, data: Data | None) -> str:
-    return prompt if data is None else fill(prompt, data.trigger, data.class_noun)
-
-
-def _seeds(request: Request, evaluate: Evaluate | None) -> list[int]:
-    if request.count is not None and not 1 <= request.count <= 10_000:
-        raise UserError(f"count: {request.count} is not in 1 to 10000")
-    if request.seed is None and request.count is None and not request.prompts and evaluate:
-        return list(evaluate.seeds)
-    first = request.seed if request.seed is not None else 1
-    return [first + number for number in range(request.count or 1)]
-
-
-def _settings(request: Request, known: _Known) -> DrawSettings:
-    """Lay what is asked for over the recipe's settings, over the defaults."""
-    values: dict[str, Any] = {}
-    if known.evaluate is not None:
-        values = {
-            name: getattr(known.evaluate, name)
-            for name in ("steps", "guidance_scale", "scheduler", "negative_prompt")
-        }
-    if known.data is not None and known.data.resolutions:
-        values |= {"width": known.data.resolutions[0], "height": known.data.resolutions[0]}
-    names = ("negative_prompt", "steps", "guidance_scale", "scheduler", "width", "height")
-    asked = {name: getattr(request, name) for name in names}
-    values |= {name: value for name, value in asked.items() if value is not None}
-    return DrawSettings(**values, scale=request.scale)
+    Raises UserError where a weight is no number.
+    """
+    path, weight = parse_adapter(text)
+    if str(path) == text:
+        return path
+    rest, colon, first = str(path).rpartition(":")
+    if not colon or path.exists():
+        return path, weight
+    path, whole = parse_adapter(f"{rest}:{first}")
+    return path, (whole, weight)
 
 
 def _folder(out: Path | None, name: str, overwrite: bool) -> Path:

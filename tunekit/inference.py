@@ -1,31 +1,30 @@
 """From a base and adapters to pictures: what `tunekit generate`, training samples and scripts call.
 
-Pictures are drawn one at a time, from noise made on the CPU: what a picture looks like never
-depends on which others are drawn with it. The samples of a training run go through the same code.
+Pictures are drawn one at a time unless batches are asked for, from noise made on the CPU: what a
+picture looks like never depends on which others are drawn with it. The samples of a training run go
+through the same code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tunekit
-from tunekit import checkpoint, embeddings, families, tokens
+from tunekit import families, identity
 from tunekit.data.captions import fill
+from tunekit.drawing import DrawSettings, Wanted
 from tunekit.errors import UserError
-from tunekit.export import sha256
 from tunekit.families.base import PromptCutWarning
-from tunekit.loading import VerificationError, load_file, peft_layers, undisturbed
+from tunekit.loading import undisturbed
 from tunekit.modelcard import portable
+from tunekit.mounted import AdapterSource, Mounted, weighted
 from tunekit.pictures import grid, read_settings, save_png
-from tunekit.runfolder import RECIPE, RunFolder
+from tunekit.recorded import about_base
 from tunekit.schema import BUNDLED, Base
-from tunekit.schema_tokens import RANDOM
 
 if TYPE_CHECKING:
     import torch
@@ -34,53 +33,19 @@ if TYPE_CHECKING:
 
     from tunekit.adapters import Adapter
     from tunekit.families import Family
+    from tunekit.loaded import SetScale
 
 __all__ = [
     "DrawSettings",
     "Drawn",
     "Painter",
+    "Wanted",
     "default_device",
     "grid",
     "load",
     "read_settings",
     "save_png",
 ]
-
-AdapterSource = str | Path | tuple[str | Path, float]
-_STATE = "adapter"  # the set of tensors in a checkpoint that the adapter's kind reads
-
-
-@dataclass(frozen=True)
-class DrawSettings:
-    """How a picture is drawn.
-
-    steps: denoising steps, 1 to 1000. guidance_scale: classifier-free guidance, 1 none, 0 to 100.
-    scheduler: by name ("ddim", "euler", ...); None: the base's own. negative_prompt: what not to
-    show; needs guidance above 1. width, height: pixels, multiples of what the family says; None:
-    the base's own size. scale: strength of the adapters, 1 as trained, 0 the untouched base, at
-    most 10 either way. Raises UserError for numbers outside of these ranges.
-    """
-
-    steps: int = 25
-    guidance_scale: float = 5.0
-    scheduler: str | None = None
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"steps: {self.steps} is not in 1 to 1000")
-        if not 0 <= self.guidance_scale <= 100:
-            raise UserError(f"guidance_scale: {self.guidance_scale:g} is not in 0 to 100")
-        if not -10 <= self.scale <= 10:
-            raise UserError(f"scale: {self.scale:g} is not in -10 to 10")
-        if self.negative_prompt and self.guidance_scale <= 1:
-            raise UserError(
-                f"negative_prompt: does nothing at guidance_scale {self.guidance_scale:g}; "
-                "set a guidance above 1"
-            )
 
 
 @dataclass(frozen=True)
@@ -102,19 +67,22 @@ class Painter:
 
     settings: how `draw` and `draw_many` draw where they are not told. words: a trigger and its
     class, filled into the {trigger} and {class} of prompts; None: prompts are taken as they are.
+    about: what pictures say of the base.
     """
 
     def __init__(
         self,
         family: Family,
-        set_scale: Callable[[float], None] | None = None,
+        set_scale: SetScale | None = None,
         adapters: Sequence[dict[str, JsonValue]] = (),
     ) -> None:
         self.settings = DrawSettings()
         self.words: tuple[str, str] | None = None
         self.family = family
+        self.about: dict[str, JsonValue] = {"base": portable(family.label)}
         self._set_scale = set_scale
         self._adapters = list(adapters)
+        self._mounted: Mounted | None = None
 
     @classmethod
     def of(cls, family: Family, adapter: Adapter | None = None) -> Painter:
@@ -123,10 +91,38 @@ class Painter:
         adapter: what is attached to `family`, for settings with another `scale` than 1. Drawing
         changes nothing of the training: modes and strength are afterwards as they were.
         """
-        described: list[dict[str, JsonValue]] = []
-        if adapter is not None:
-            described.append({"name": adapter.kind, "weight": 1.0})
-        return cls(family, adapter.set_scale if adapter is not None else None, described)
+        if adapter is None:
+            return cls(family)
+
+        def set_scale(scale: float, text: float | None = None) -> None:
+            if text is not None and text != scale:
+                raise UserError("text_scale: what is in training is drawn at one strength")
+            adapter.set_scale(scale)
+
+        return cls(family, set_scale, [{"name": adapter.kind, "weight": 1.0}])
+
+    def swap(self, adapters: AdapterSource | Iterable[AdapterSource] = ()) -> None:
+        """Draw with these adapters from now on, in the place of all that were loaded.
+
+        The base stays as it is in memory. adapters: as of `load`; none: the base alone. Raises
+        UserError as `load` does; the former adapters are then on again.
+        """
+        former = self._mounted.adapters if self._mounted is not None else []
+        asked = weighted(adapters)
+        if self._mounted is not None:
+            self._mounted.remove()
+        elif self._set_scale is not None:
+            raise UserError("adapters: what is in training cannot be swapped")
+        try:
+            self._mount(Mounted(self.family, asked))
+        except UserError:
+            self._mount(Mounted(self.family, former))
+            raise
+
+    def _mount(self, mounted: Mounted) -> None:
+        self._mounted = mounted
+        self._set_scale = mounted.set_scale if mounted.adapters else None
+        self._adapters = mounted.described
 
     def draw(self, prompt: str, seed: int, settings: DrawSettings | None = None) -> Image.Image:
         """Return the picture of `prompt` from `seed`; the same arguments give the same pixels.
@@ -135,44 +131,74 @@ class Painter:
         Raises UserError for a size the family cannot draw, an unknown scheduler, or a model whose
         picture is not a number (NaN); a prompt longer than the model reads gives a warning.
         """
-        return self._draw(self._filled(prompt), seed, settings or self.settings)[0]
+        return next(self.draw_many([prompt], [seed], settings)).image
 
     def draw_many(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
         settings: DrawSettings | None = None,
+        *,
+        together: int = 1,
     ) -> Iterator[Drawn]:
-        """Draw each prompt with each seed, and yield every picture as soon as it is there."""
+        """Draw each prompt with each seed, and yield every picture as soon as it is there.
+
+        together: how many of a prompt's pictures are drawn at a time, 1 to 64: quicker on a GPU,
+        and then off by rounding from what each would be alone.
+        """
         settings = settings or self.settings
-        total = len(prompts) * len(seeds)
-        filled = [self._filled(prompt) for prompt in prompts]
-        pairs = ((prompt, seed) for prompt in filled for seed in seeds)
-        for number, (prompt, seed) in enumerate(pairs, 1):
-            image, stored = self._draw(prompt, seed, settings)
-            yield Drawn(image, prompt, seed, stored, number, total)
+        yield from self.draw_all(
+            [Wanted(prompt, tuple(seeds), settings, together) for prompt in prompts]
+        )
+
+    def draw_all(self, wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+        """Draw everything that is wanted, in order, and yield each picture as soon as it is there.
+
+        What cannot be drawn is found before the first picture is.
+        """
+        filled = [self._filled(one.prompt) for one in wanted]
+        for prompt, one in zip(filled, wanted, strict=True):
+            self._check(prompt, one.settings)
+        total, number = sum(len(one.handed_out) for one in wanted), 0
+        for prompt, one in zip(filled, wanted, strict=True):
+            for seeds in one.batches():
+                drawn = self._draw(prompt, seeds, one.settings)
+                for seed, (image, stored) in zip(seeds, drawn, strict=True):
+                    if seed in one.handed_out:
+                        number += 1
+                        yield Drawn(image, prompt, seed, stored, number, total)
 
     def _filled(self, prompt: str) -> str:
         return prompt if self.words is None else fill(prompt, *self.words)
 
+    def _check(self, prompt: str, settings: DrawSettings) -> None:
+        """Raise UserError where these do not suit the base; warn of words that it never sees."""
+        self._edge("width", settings.width)
+        self._edge("height", settings.height)
+        if self._set_scale is None and (settings.scale != 1 or settings.text_scale is not None):
+            name = "scale" if settings.scale != 1 else "text_scale"
+            raise UserError(
+                f"{name}: {getattr(settings, name):g} scales nothing: no adapter is loaded"
+            )
+        for text in (prompt, settings.negative_prompt):
+            if cut := self.family.cut_words(text):
+                told = f'the model never sees the end of this prompt: "{cut}" (of "{text}")'
+                warnings.warn(told, PromptCutWarning, stacklevel=3)
+
     def _draw(
-        self, prompt: str, seed: int, settings: DrawSettings
-    ) -> tuple[Image.Image, dict[str, JsonValue]]:
+        self, prompt: str, seeds: Sequence[int], settings: DrawSettings
+    ) -> list[tuple[Image.Image, dict[str, JsonValue]]]:
+        """Return a picture for each seed, drawn at a time, with what is stored in it."""
         import torch
 
         family = self.family
         width = self._edge("width", settings.width)
         height = self._edge("height", settings.height)
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed: {seed} is not in 0 to 2^63 - 1")
-        for text in (prompt, settings.negative_prompt):
-            if cut := family.cut_words(text):
-                told = f'the model never sees the end of this prompt: "{cut}" (of "{text}")'
-                warnings.warn(told, PromptCutWarning, stacklevel=3)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         with (
             _tolerating_old_numpy_calls(),
             undisturbed(family, family.vae),
-            self._at(settings.scale),
+            self._at(settings),
         ):
             pipeline = family.pipeline(settings.scheduler)
             pipeline.set_progress_bar_config(disable=True)
@@ -182,29 +208,33 @@ class Painter:
                     num_inference_steps=settings.steps,
                     width=width,
                     height=height,
-                    generator=torch.Generator("cpu").manual_seed(seed),
+                    num_images_per_prompt=len(seeds),
+                    generator=generators if len(seeds) > 1 else generators[0],
                     output_type="np",
-                ).images[0]
+                ).images
             except (IndexError, ValueError) as fault:
                 if settings.scheduler is None or isinstance(fault, UserError):
                     raise
                 said = f"{settings.scheduler} cannot draw in {settings.steps} steps"
                 raise UserError(f"scheduler: {said}: {' '.join(str(fault).split())}") from fault
-        stored: dict[str, JsonValue] = {
-            "prompt": prompt,
-            "negative_prompt": settings.negative_prompt,
-            "seed": seed,
+        shared: dict[str, JsonValue] = {
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "scheduler": settings.scheduler or type(pipeline.scheduler).__name__,
             "width": width,
             "height": height,
             "scale": settings.scale,
-            "base": portable(family.label),
+            **self.about,
             "adapters": list(self._adapters),
             "version": tunekit.__version__,
         }
-        return _to_image(pixels, stored), stored
+        if settings.text_scale is not None:
+            shared["text_scale"] = settings.text_scale
+        if len(seeds) > 1:
+            shared["batch"] = list(seeds)
+        shared |= {"prompt": prompt, "negative_prompt": settings.negative_prompt}
+        stored: list[dict[str, JsonValue]] = [{**shared, "seed": seed} for seed in seeds]
+        return [(_to_image(own, told), told) for own, told in zip(pixels, stored, strict=True)]
 
     def _edge(self, name: str, pixels: int | None) -> int:
         if pixels is None:
@@ -220,13 +250,11 @@ class Painter:
         return pixels
 
     @contextlib.contextmanager
-    def _at(self, scale: float) -> Iterator[None]:
+    def _at(self, settings: DrawSettings) -> Iterator[None]:
         if self._set_scale is None:
-            if scale != 1:
-                raise UserError(f"scale: {scale:g} scales nothing: no adapter is loaded")
             yield
             return
-        self._set_scale(scale)
+        self._set_scale(settings.scale, settings.text_scale)
         try:
             yield
         finally:
@@ -241,7 +269,7 @@ def _tolerating_old_numpy_calls() -> Iterator[None]:
         yield
 
 
-def _to_image(pixels: Any, settings: dict[str, JsonValue]) -> Image.Image:
+def _to_image(pixels: Any, settings: Mapping[str, JsonValue]) -> Image.Image:
     """Turn [H, W, 3] in 0..1 into a picture, as diffusers does, but never NaN into black."""
     import numpy as np
     from PIL import Image
@@ -266,118 +294,27 @@ def load(
     base: str | Base = BUNDLED,
     adapters: AdapterSource | Iterable[AdapterSource] = (),
     device: str | torch.device | None = None,
+    *,
+    identify: bool = False,
 ) -> Painter:
     """Return a painter: a base with adapters on top.
 
     base: `toybox`, a diffusers folder, a Hub id, or a recipe's base section. adapters: one or
-    several, each a path or (path, weight), where weight 1 is the strength it was trained at and a
-    path is an exported ``.safetensors`` file, a finished run's folder, or a checkpoint folder
-    inside a run (at most one of these). device: None: a GPU if there is one.
+    several, each a path or (path, weight), where weight 1 is the strength it was trained at, or
+    (path, (weight, weight in the text encoders)); a path is an exported ``.safetensors`` file, a
+    finished run's folder, or a checkpoint folder inside a run (at most one of these). device: None:
+    a GPU if there is one. identify: whether pictures say the base's fingerprint, for which all of
+    its weights are read once.
 
     Raises UserError for what is not there, not safe to read, or does not fit the base.
     """
-    pairs = [pair for source in sources(adapters) for pair in _pairs(source)]
-    _refuse_together([path for path, _ in pairs])
+    asked = weighted(adapters)
     section = base if isinstance(base, Base) else Base(model=base)
     family = families.load(section, device if device is not None else default_device())
-    if not pairs:
-        return Painter(family)
-    pairs.sort(key=lambda pair: _turn(pair[0]))
-    setters = [_put(family, number, *pair) for number, pair in enumerate(pairs)]
-    for component in (family.denoiser, *family.text_encoders.values()):
-        component.requires_grad_(False)
-
-    def set_scale(scale: float) -> None:
-        for setter in setters:
-            setter(scale)
-
-    set_scale(1.0)
-    for layer in peft_layers(family).values():
-        layer.set_adapter(list(layer.scaling), inference_mode=True)
-    return Painter(family, set_scale, [_described(path, weight) for path, weight in pairs])
-
-
-def sources(adapters: AdapterSource | Iterable[AdapterSource]) -> list[AdapterSource]:
-    """Return adapters as a list, a single one too."""
-    if isinstance(adapters, (str, Path)):
-        return [adapters]
-    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
-        return [adapters]
-    return list(adapters)
-
-
-def _pairs(source: AdapterSource) -> list[tuple[Path, float]]:
-    path, weight = source if isinstance(source, tuple) else (source, 1.0)
-    if not math.isfinite(weight):
-        raise UserError(f"{path}: the weight {weight} is not a number")
-    found = Path(path)
-    if not found.exists():
-        raise UserError(f"{path}: there is no such file")
-    if found.is_dir() and not is_checkpoint(found):
-        return [(exported, weight) for exported in RunFolder.open(found).exported()]
-    if found.is_file() and is_checkpoint(found.parent):
-        return [(found.parent, weight)]
-    return [(found, weight)]
-
-
-def _turn(path: Path) -> int:
-    """Return when a file or checkpoint is loaded, the lowest first.
-
-    New words first: diffusers makes the vocabulary larger, which a checkpoint puts its own beside.
-    Then the checkpoint: it looks for the base's own modules, which files' layers would hide.
-    """
-    if is_checkpoint(path):
-        return 1
-    return 0 if embeddings.contents(path)[0] else 2
-
-
-def _refuse_together(paths: Sequence[Path]) -> None:
-    """Raise UserError for what cannot be loaded into one base."""
-    states = [path for path in paths if is_checkpoint(path)]
-    if len(states) > 1:
-        raise UserError(
-            f"{states[1]}: only one checkpoint can be drawn with at a time; combine exported files"
-        )
-    for path in paths if states else ():
-        if not is_checkpoint(path) and embeddings.contents(path) == (True, True):
-            raise UserError(
-                f"{path}: is a bundle, which cannot be drawn with beside a checkpoint: give the "
-                "files of its words and its adapter"
-            )
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Say whether `path` is a checkpoint's folder; that it is whole is checked when it is read."""
-    return (path / checkpoint.MANIFEST).is_file() and not (path / RECIPE).is_file()
-
-
-def _put(family: Family, number: int, path: Path, weight: float) -> Callable[[float], None]:
-    """Put an adapter into `family` and return what sets its strength."""
-    if is_checkpoint(path):
-        recipe = RunFolder.around(path).recipe
-        state = checkpoint.read(path).tensors.get(_STATE)
-        if state is None:
-            raise UserError(f"{path}: holds no {_STATE}.safetensors")
-        # Where a word started is in the checkpoint; a file that it started at may be gone.
-        words = [
-            token.model_copy(update={"init": RANDOM}) if token.init_file else token
-            for token in recipe.tokens
-        ]
-        noun, seed = recipe.data.class_noun, recipe.train.seed
-        adapter = tokens.attach(family, recipe.adapter, words, noun, seed)
-        adapter.load_state(state)
-        return lambda scale: adapter.set_scale(scale * weight)
-    name = f"tunekit_file_{number}"
-    try:
-        loaded = load_file(family, path, name)
-    except VerificationError as fault:
-        raise UserError(f"{path}: {fault.said}") from fault
-    return lambda scale: loaded.set_scale(scale * weight)
-
-
-def _described(path: Path, weight: float) -> dict[str, JsonValue]:
-    """Return what a picture's settings say of an adapter: enough to find the same one again."""
-    if is_checkpoint(path):
-        run = path.resolve().parent.parent.name
-        return {"name": f"{run}/{path.name}", "weight": weight}
-    return {"name": path.name, "weight": weight, "sha256": sha256(path)}
+    painter = Painter(family)
+    if settings := about_base(section):
+        painter.about["base_settings"] = settings
+    if identify:
+        painter.about["base_sha256"] = identity.of_drawing(family)
+    painter._mount(Mounted(family, asked))
+    return painter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tunekit.errors import UserError
 
@@ -23,6 +23,17 @@ class VerificationError(UserError):
         self.check, self.said = check, said
 
 
+class SetScale(Protocol):
+    """Draws with `scale` times what is held; text: in the text encoders, None: there too."""
+
+    def __call__(self, scale: float, text: float | None = None) -> None: ...
+
+
+def scale_of(name: str, scale: float, text: float | None) -> float:
+    """Return the strength of what "component.module" names."""
+    return scale if text is None or name.startswith("denoiser.") else text
+
+
 @dataclass(frozen=True, eq=False)
 class Loaded:
     """A file at work in a family.
@@ -30,13 +41,15 @@ class Loaded:
     tensors: how many of its tensors were taken up, alphas not counted: all. changes: what gives
     the present change of each weight, as `Adapter.changes`. rounding: how far, as a norm, the
     change of a weight moves where every number of the file is off by this much. set_scale: draw
-    with this many times what the file holds; 0 is the untouched base.
+    with this many times what the file holds; 0 is the untouched base. remove: take it off again;
+    what was loaded later goes first.
     """
 
     tensors: int
     changes: Mapping[str, Callable[[], Tensor]]
     rounding: Callable[[str, float], float]
-    set_scale: Callable[[float], None]
+    set_scale: SetScale
+    remove: Callable[[], None]
 
 
 @contextlib.contextmanager
@@ -75,13 +88,18 @@ def combined(parts: Sequence[Loaded]) -> Loaded:
         return parts[0]
     owners = {name: part for part in parts for name in part.changes}
 
-    def set_scale(scale: float) -> None:
+    def set_scale(scale: float, text: float | None = None) -> None:
         for part in parts:
-            part.set_scale(scale)
+            part.set_scale(scale, text)
+
+    def remove() -> None:
+        for part in reversed(parts):
+            part.remove()
 
     return Loaded(
         sum(part.tensors for part in parts),
         {name: change for part in parts for name, change in part.changes.items()},
         lambda name, floor: owners[name].rounding(name, floor),
         set_scale,
+        remove,
     )

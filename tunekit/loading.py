@@ -29,6 +29,7 @@ from tunekit.factors import adapter_metadata, group, is_kohya
 from tunekit.loaded import Loaded as Loaded
 from tunekit.loaded import VerificationError as VerificationError
 from tunekit.loaded import combined as combined
+from tunekit.loaded import scale_of
 from tunekit.loaded import undisturbed as undisturbed
 from tunekit.schema import LAYOUTS
 from tunekit.wordfiles import load_words
@@ -54,18 +55,28 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
     words, tensors = embeddings.split(path, whole, metadata)
     found = [load_words(family, path, words, not tensors)] if words else []
     if tensors or not found:
-        grouped, unread = group(tensors)
-        if read_by_diffusers(tensors, kohya=family.kohya_by_diffusers):
-            # From the file, as people do it; of a bundle diffusers would refuse the words.
-            source = str(path) if not words else dict(tensors)
-            found.append(_by_diffusers(family, source, name, tensors))
-        elif unread:
-            raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
-        elif sum(map(len, grouped.values())) < len(tensors):
-            raise VerificationError(TAKEN_UP, "two of its tensors are one factor of a module")
-        else:
-            found.append(_by_factors(family, grouped))
+        # From the file, as people do it; of a bundle diffusers would refuse the words.
+        source = str(path) if not words else dict(tensors)
+        try:
+            found.append(_load_weights(family, source, name, tensors))
+        except VerificationError:
+            for part in found:
+                part.remove()
+            raise
     return combined(found)
+
+
+def _load_weights(
+    family: Family, source: str | dict[str, Tensor], name: str, tensors: Mapping[str, Tensor]
+) -> Loaded:
+    grouped, unread = group(tensors)
+    if read_by_diffusers(tensors, kohya=family.kohya_by_diffusers):
+        return _by_diffusers(family, source, name, tensors)
+    if unread:
+        raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
+    if sum(map(len, grouped.values())) < len(tensors):
+        raise VerificationError(TAKEN_UP, "two of its tensors are one factor of a module")
+    return _by_factors(family, grouped)
 
 
 def read_by_diffusers(names: Mapping[str, Any], *, kohya: bool = True) -> bool:
@@ -92,6 +103,28 @@ def peft_layers(family: Family) -> dict[str, Any]:
         for name, layer in module.named_modules()
         if isinstance(layer, BaseTunerLayer)
     }
+
+
+def remove_layers(family: Family, name: str) -> None:
+    """Take the peft adapter of this name off; a layer that holds no other gives way to the base's.
+
+    What is there in part, after loading failed, goes as well.
+    """
+    for component, module in _components(family).items():
+        inside = f"{component}."
+        for key, layer in peft_layers(family).items():
+            if not key.startswith(inside) or name not in layer.scaling:
+                continue
+            layer.delete_adapter(name)
+            if not layer.scaling:
+                module.set_submodule(key.removeprefix(inside), layer.get_base_layer())
+        held: Any = getattr(module, "peft_config", {})
+        held.pop(name, None)
+        if not held and hasattr(module, "peft_config"):
+            del module.peft_config
+            # What diffusers and transformers go by; a checkpoint's attachment does without.
+            marked: Any = module
+            marked._hf_peft_config_loaded = False
 
 
 def _components(family: Family) -> dict[str, nn.Module]:
@@ -135,17 +168,18 @@ def _by_diffusers(
             f"{len(places)} ({taken}) into {family.label}",
         )
     layers = {key: layer for key, layer in peft_layers(family).items() if name in layer.scaling}
-    setters = [strength_setter(layer, name) for layer in layers.values()]
+    setters = {key: strength_setter(layer, name) for key, layer in layers.items()}
 
-    def set_scale(scale: float) -> None:
-        for setter in setters:
-            setter(scale)
+    def set_scale(scale: float, text: float | None = None) -> None:
+        for key, setter in setters.items():
+            setter(scale_of(key, scale, text))
 
     return Loaded(
         len(places),
         {key: partial(peft_change, layer, name) for key, layer in layers.items()},
         lambda key, floor: _lora_rounding(layers[key], name, floor),
         set_scale,
+        partial(remove_layers, family, name),
     )
 
 
@@ -203,15 +237,20 @@ def _by_factors(family: Family, grouped: Mapping[str, Mapping[str, Tensor]]) -> 
             raise VerificationError("loads", f"{key}: {line}") from fault
     added = {name: _add(module, which, delta) for name, module, which, delta in planned}
 
-    def set_scale(scale: float) -> None:
-        for change in added.values():
-            change.set_scale(scale)
+    def set_scale(scale: float, text: float | None = None) -> None:
+        for key, change in added.items():
+            change.set_scale(scale_of(key, scale, text))
+
+    def remove() -> None:
+        for change in reversed(added.values()):
+            change.remove()
 
     return Loaded(
         count,
         {name: change.weight for name, change in added.items()},
         lambda name, floor: again[name](floor),
         set_scale,
+        remove,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tunekit.wholefile import whole_file
 
 KEY = "tunekit"  # PNG text: every setting as JSON
 READABLE = "parameters"  # PNG text: the same for people, in the form that web UIs display
+
+_LONGEST = 100_000  # characters of settings
 
 MARGIN = 8
 SMALLEST_CELL = 160  # pixels; smaller pictures are enlarged so that their labels can be read
@@ -43,20 +46,28 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, JsonValue]) 
 def read_settings(path: Path) -> dict[str, JsonValue]:
     """Return the settings that `save_png` wrote into the PNG at `path`.
 
-    Raises UserError where the file is missing, is no picture, or was not drawn by tunekit.
+    Nothing but the file's head is decoded, and no more than 100,000 characters are read. Raises
+    UserError where the file is missing, is no picture, or was not drawn by tunekit.
     """
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(KEY)
-    except FileNotFoundError as fault:
-        raise UserError(f"{path}: no such file") from fault
-    except (UnidentifiedImageError, OSError) as fault:
-        raise UserError(f"{path}: not a picture that can be read ({fault})") from fault
+    with warnings.catch_warnings():
+        # Of the size of what nobody decodes here.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path, formats=("PNG",)) as image:
+                text = image.info.get(KEY)
+        except FileNotFoundError as fault:
+            raise UserError(f"{path}: no such file") from fault
+        except UnidentifiedImageError:
+            raise UserError(f"{path}: not a picture that can be read (PNG is)") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+            raise UserError(f"{path}: not a picture that can be read ({fault})") from fault
     if not isinstance(text, str):
         raise UserError(f"{path}: holds no settings of tunekit (was it re-saved by another tool?)")
+    if len(text) > _LONGEST:
+        raise UserError(f"{path}: its settings are {len(text)} characters; {_LONGEST} are read")
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as fault:
+    except (ValueError, RecursionError) as fault:
         raise UserError(f"{path}: its settings are not JSON ({fault})") from fault
     if not isinstance(settings, dict):
         raise UserError(f"{path}: its settings are not a JSON object")

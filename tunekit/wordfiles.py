@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tunekit import words
 from tunekit.changes.rows import AddedRows
@@ -67,7 +67,9 @@ def _load(
 
     word, rows = embedding.word, embedding.rows[key]
     tokenizer, module = family.tokenizers[encoder], family.text_encoders[encoder]
+    former = words.with_words(tokenizer, {})  # diffusers teaches the one it is given
     old = _table(family, encoder)
+    tokens, text_model = len(old), cast(Any, module)
     try:
         zero = start_rows(tokenizer, old, len(rows), embedding.start)
     except ValueError:  # words of another base than this one
@@ -93,7 +95,8 @@ def _load(
     ids = tokenizer.convert_tokens_to_ids(words.vector_names(word, len(rows)))
     held = table[ids].clone()
 
-    def set_scale(scale: float) -> None:
+    def set_scale(scale: float, text: float | None = None) -> None:
+        scale = scale if text is None else text
         own = held if scale == 1 else (zero + scale * (held.float() - zero)).to(held.dtype)
         with torch.no_grad():
             # Another word may have come behind it, in a table of its own.
@@ -103,8 +106,13 @@ def _load(
         rows: Tensor = _table(family, encoder)[ids].detach().float().cpu()
         return rows
 
+    def remove() -> None:
+        with torch.random.fork_rng(devices=[]):
+            text_model.resize_token_embeddings(tokens).requires_grad_(False)
+        family.use_tokenizer(encoder, former)
+
     changes: dict[str, Callable[[], Tensor]] = {f"{encoder}/{word}": change}
-    return Loaded(1, changes, partial(_rounding, rows.numel()), set_scale)
+    return Loaded(1, changes, partial(_rounding, rows.numel()), set_scale, remove)
 
 
 def _rounding(numbers: int, name: str, floor: float) -> float:

@@ -1,0 +1,140 @@
+"""The command line of drawing: `tunekit generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunekit.cli_options import AsJson, print_json
+
+
+def generate(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to draw; may be given several times. {trigger} and {class} are filled in "
+            "where a recipe says them.",
+            show_default="the run's own",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file of prompts, one a line, with --w, --h, --s, --l, --d and --n behind.",
+            show_default=False,
+        ),
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="A run's folder.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT[:WEIGHT]]",
+            help="An adapter file; may be given several times. Weight 1 is as it was trained; a "
+            "second weight is for the text encoders.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint of the run, such as step-000200, not its export."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="toybox, a folder or a Hub id.", show_default="the run's or file's"),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Hold the base in few bits, such as nf4.", show_default="the full base"),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PICTURE",
+            help="Draw a picture of ours again, as it says itself; other options go over that.",
+            show_default=False,
+        ),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The first picture's seed; the next count up.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Pictures a prompt.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Pictures of a prompt drawn at a time, 1 to 64.", show_default="1"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Denoising steps, 1 to 1000.", show_default="the run's, else 25"),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance, 0 to 100; 1: none.", show_default="the run's, else 5"),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Sampler, such as ddim or euler.", show_default="the run's or base's"),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Strength of the adapters; 1 as trained, 0 the base alone.", show_default="1"
+        ),
+    ] = None,
+    text_scale: Annotated[
+        float | None,
+        typer.Option(help="The same in the text encoders.", show_default="that of --scale"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder.", show_default="a new one in generated/")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace pictures that are there already.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a folder of pictures and a grid. A run, adapter files, or the base alone draws."""
+    from tunekit.generate import Request, adapter_of
+    from tunekit.generate import generate as draw
+
+    request = Request(
+        run=run,
+        checkpoint=checkpoint,
+        adapters=[adapter_of(text) for text in adapter or ()],
+        base=base,
+        quantize=quantize,
+        picture=picture,
+        prompts=prompt or (),
+        prompt_file=prompts,
+        negative_prompt=negative,
+        seed=seed,
+        count=count,
+        batch=batch,
+        steps=steps,
+        guidance_scale=guidance,
+        scheduler=scheduler,
+        scale=scale,
+        text_scale=text_scale,
+        width=width,
+        height=height,
+    )
+    made = draw(
+        request,
+        out,
+        overwrite=overwrite,
+        progress=lambda drawn: typer.echo(
+            f"{drawn.number}/{drawn.total}  {drawn.prompt} (seed {drawn.seed})", err=True
+        ),
+        note=lambda told: typer.echo(told, err=True),
+    )
+    if as_json:
+        pictures = [str(path) for path in made.pictures]
+        print_json({"folder": str(made.folder), "pictures": pictures, "grid": str(made.grid)})
+    else:
+        typer.echo(str(made.grid))

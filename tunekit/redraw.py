@@ -1,0 +1,142 @@
+"""A picture drawn again: the files that it names are found, and known by their hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit import hub, recorded
+from tunekit.errors import UserError
+from tunekit.mounted import AdapterSource, Weighted, digest, weighted
+from tunekit.recorded import Recorded
+from tunekit.runfolder import CHECKPOINTS, EXPORT
+from tunekit.schema import BUNDLED, Base
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_RUNS = "runs"
+_STEP = "/step-"
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """A picture, and what it says of how it was drawn."""
+
+    picture: Path
+    recorded: Recorded
+
+    def base(self, named: str | None = None) -> Base:
+        """Return the base that drew it: the bundled one, a folder nearby, or the Hub's.
+
+        named: another, which is read as that one was. Raises UserError where it is none of these.
+        """
+        settings, told = dict(self.recorded.base_settings), self.recorded
+        for key in settings.keys() & set(recorded.FILES):
+            settings[key] = str(self._only(str(settings[key]), f"its {key}", "--run"))
+        model = told.base if named is None else named
+        if named is not None:
+            return recorded.base_of(self.picture, model, settings)
+        if model != BUNDLED and (near := self._nearby(model)):
+            model = str(near[0])
+        elif model != BUNDLED and not hub.is_id(model):
+            raise self._missing(model, "its base", "--base")
+        return recorded.base_of(self.picture, model, settings)
+
+    def adapters(self) -> list[Weighted]:
+        """Return the adapters that drew it, each with its strength.
+
+        Raises UserError where one is not nearby, or is not the one that drew it.
+        """
+        found = []
+        for told in self.recorded.adapters:
+            near = [path for path in self._nearby(told.name) if digest(path) is not None]
+            right = [path for path in near if told.sha256 in (None, digest(path))]
+            if near and not right:
+                raise UserError(
+                    f"{near[0]}: is not the {told.name} that drew {self.picture}: its sha256 is "
+                    "another one; name the right one, or this one all the same, with --adapter"
+                )
+            if not right:
+                raise self._missing(told.name, "an adapter", "--adapter")
+            found.append(Weighted(right[0], told.weight, told.text_weight))
+        return found
+
+    def as_strong(self, given: Sequence[AdapterSource]) -> list[Weighted]:
+        """Return the adapters given, as strong as they were where no strength is asked for."""
+        known = {told.sha256: told for told in self.recorded.adapters}
+        made = []
+        for source in given:
+            for adapter in weighted(source):
+                told = known.get(digest(adapter.path))
+                if told is not None and told.sha256 and not isinstance(source, tuple):
+                    adapter = Weighted(adapter.path, told.weight, told.text_weight)
+                made.append(adapter)
+        return made
+
+    def base_differs(self, fingerprint: str) -> str | None:
+        """Return in words that a base is not the one that drew the picture; None where it is."""
+        told = self.recorded
+        if told.base_sha256 in (None, fingerprint):
+            return None
+        return (
+            f"{self.picture}: its base {told.base} had other weights or settings than the one that "
+            "is here (its sha256 differs)"
+        )
+
+    def differences(self, adapters: Sequence[Weighted]) -> Iterator[str]:
+        """Yield, in words, how these adapters are not those that drew the picture."""
+        told = self.recorded
+        if told.base_sha256 is None:
+            yield f"{self.picture}: does not say the hash of its base, {told.base}"
+        now = [digest(adapter.path) for adapter in adapters]
+        for adapter in told.adapters:
+            if adapter.sha256 is None:
+                yield f"{self.picture}: does not say the hash of its adapter, {adapter.name}"
+            elif adapter.sha256 not in now:
+                yield f"{self.picture}: was drawn with {adapter.name}, which is not drawn with here"
+        before = {adapter.sha256 for adapter in told.adapters}
+        for mounted, held in zip(adapters, now, strict=True):
+            if held not in before and None not in before:
+                yield f"{self.picture}: was drawn without {mounted.path.name}"
+
+    def compared(self, image: Image.Image) -> str:
+        """Return in words whether a picture is, pixel for pixel, the one that was drawn before."""
+        from tunekit.data.images import open_rgb
+
+        before = open_rgb(self.picture)
+        if before.size == image.size and before.tobytes() == image.tobytes():
+            return f"{self.picture}: drawn again, equal pixel for pixel"
+        return (
+            f"{self.picture}: drawn again, and not equal: another machine, device or version of a "
+            "library reckons otherwise, or the picture was changed since"
+        )
+
+    def _only(self, name: str, what: str, option: str) -> Path:
+        near = self._nearby(name)
+        if not near:
+            raise self._missing(name, what, option)
+        return near[0]
+
+    def _nearby(self, name: str) -> list[Path]:
+        """Return what is there of this name: here, beside the picture, or in a run.
+
+        name: a last name, or that of a checkpoint with its run's.
+        """
+        here, beside = Path(), self.picture.parent
+        if _STEP in name:
+            run, step = name.split("/")
+            inside = Path(run) / CHECKPOINTS / step
+            places = [place / inside for place in (here, here / _RUNS, beside, beside / "../..")]
+        else:
+            runs = sorted((here / _RUNS).glob(f"*/{EXPORT}"))
+            places = [place / name for place in (here, beside, beside / ".." / EXPORT, *runs)]
+        return [place for place in places if place.exists()]
+
+    def _missing(self, name: str, what: str, option: str) -> UserError:
+        return UserError(
+            f"{self.picture}: was drawn with {what}, {name}, which is not in this folder, in a run "
+            f"of {_RUNS}/ or beside the picture; name it with {option}"
+        )
