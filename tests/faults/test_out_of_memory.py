@@ -1,0 +1,120 @@
+"""Fault 19 after the last step: a process that gets no more memory, exporting and evaluating."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunekit import checkpoint, outofmemory, runstate
+from tunekit.errors import UserError
+from tunekit.outofmemory import OutOfMemoryError
+from tunekit.recipe import dump_yaml, recipe_from
+
+# From the start of a part of the run on, nothing of 4 kB or more is to be had.
+_NO_MORE = """
+import resource, sys, threading
+import tunekit.cli, tunekit.train, tunekit.preparation, tunekit.export, tunekit.evaluation.judges
+import tunekit.loading, tunekit.verification
+import diffusers, transformers, accelerate, peft
+from tunekit.run import _Session
+_, recipe, out, part = sys.argv
+threading.stack_size(2**18)
+take = getattr(_Session, part)
+def short(*arguments):
+    size = int(next(line.split()[1] for line in open("/proc/self/status") if "VmSize" in line))
+    room = size * 1024 + 600_000
+    resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    return take(*arguments)
+setattr(_Session, part, short)
+sys.argv = ["tunekit", "train", recipe, "--out", out]
+tunekit.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("_export", "out of memory while the adapter was exported (pictures of 32 pixels)"),
+        ("_evaluate", "out of memory while the run was evaluated (pictures of 32 pixels)"),
+    ],
+)
+def test_after_the_last_step_it_is_explained_and_goes_on(
+    tree: Callable[..., Any], tmp_path: Path, part: str, said: str
+) -> None:
+    recipe = recipe_from(tree(train={"steps": 1, "sample_every": 0}))
+    path, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(dump_yaml(recipe))
+    done = subprocess.run(
+        [sys.executable, "-c", _NO_MORE, str(path), str(out), part],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TOP_PAD_": "0"},
+        timeout=600,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    [at] = [n for n, line in enumerate(lines) if line.startswith("out of memory")]
+    assert lines[at].startswith(said)
+    assert "the last step is saved" in lines[at]
+    told = "".join(lines[at + 1 :])
+    assert "base.dtype=bf16" in told
+    assert "gradient_checkpointing" not in told, "nothing trains any more"
+    state = runstate.read(out)
+    assert state is not None
+    assert (state.outcome, state.step) == ("failed", 1)
+    [saved] = checkpoint.steps(out / "checkpoints")
+    checkpoint.verify(saved)
+
+
+def test_what_a_library_calls_unreadable_for_want_of_memory_is_that(
+    tree: Callable[..., Any],
+) -> None:
+    recipe = recipe_from(tree())
+
+    def load() -> None:
+        try:
+            raise MemoryError("Cannot allocate memory (os error 12)")
+        except MemoryError as short:
+            raise UserError("unet: cannot be loaded") from short
+
+    with pytest.raises(OutOfMemoryError, match=r"exported \(pictures of 64 pixels\); "):  # noqa: SIM117
+        with outofmemory.told_after("while the adapter was exported", recipe, 64):
+            load()
+    with pytest.raises(UserError, match=r"^x: is damaged$") as caught:  # noqa: SIM117
+        with outofmemory.told_after("while the adapter was exported", recipe, 64):
+            raise UserError("x: is damaged")
+    assert not isinstance(caught.value, OutOfMemoryError)
+
+
+def test_a_file_that_finds_no_room_is_not_called_damaged(
+    tree: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What safetensors and torch raise for it, in a process that may not map the file."""
+    code = """
+import resource, sys
+from pathlib import Path
+import torch
+from tunekit import checkpoint
+from tunekit.outofmemory import is_out_of_memory
+path = Path(sys.argv[1])
+checkpoint.write_safetensors(path, {"a": torch.zeros(50_000_000)})
+size = int(next(line.split()[1] for line in open("/proc/self/status") if "VmSize" in line))
+for room in (50_000_000, 250_000_000):  # none to map it, none to map it twice
+    resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + room, resource.RLIM_INFINITY))
+    try:
+        checkpoint.read_safetensors(path)
+    except Exception as error:
+        print(is_out_of_memory(error))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.safetensors")],
+        capture_output=True, text=True, env=os.environ, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr
