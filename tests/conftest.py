@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +21,43 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 if TYPE_CHECKING:
+    from told import Typed
+
     from tunekit.families.base import Family
     from tunekit.run import Run
 
 Tree = dict[str, dict[str, Any]]
 Load = Callable[..., "Family"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> None:
+    """Let runs, which collect garbage often, not look through all that is loaded by now.
+
+    That is most of a second each time, once the libraries are there.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Typed:
+    """Return a function that types `tunekit` with words, in this process."""
+    from told import Said
+
+    from tunekit.cli import main
+
+    def typed(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["tunekit", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capfd.readouterr()
+        assert "Traceback" not in said.err
+        assert isinstance(left.value.code, int)
+        return Said(left.value.code, said.out, said.err)
+
+    return typed
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +79,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_tiny(tiny_folder: Callable[..., Path]) -> Load:
-    """Return a function that loads a tiny base afresh: by family, dtype, and builder settings."""
+    """Return a function that gives a tiny base to oneself: by family, dtype, and builder settings.
+
+    Each is read from its files once, and copied from then on.
+    """
     from tunekit import families
     from tunekit.schema import Base
 
+    read: dict[str, Family] = {}
+
     def load(family: str = "sd", dtype: Any = "fp32", **settings: Any) -> Family:
-        return families.load(Base(model=str(tiny_folder(family, **settings)), dtype=dtype))
+        folder = str(tiny_folder(family, **settings))
+        key = f"{folder} {dtype}"
+        if key not in read:
+            read[key] = families.load(Base(model=folder, dtype=dtype))
+        return copy.deepcopy(read[key])
 
     return load
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +52,6 @@ EVERYTHING: Tree = {
         "objective": NOISY,
     },
 }
-
-
-@contextmanager
-def quick_collection() -> Iterator[None]:
-    """Let runs, which collect garbage often, not look through all that pytest has loaded."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def draw_pictures(folder: Path) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,31 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 UNDRAWN = ("oft", "boft", "full")
 # What starts in the weight itself adds nothing but the rounding of two sums.
 ROUNDED = ("pissa", "olora", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind with its settings, on a family."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+
+    def attach(self, family: Family, seed: int = 0) -> Adapter:
+        return attach(family, self.kind, self.settings, seed)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return adapters.get(self.kind).Settings(kind=self.kind, **self.settings).layouts()
+
+    @property
+    def rounding(self) -> float:
+        """How far predictions may be apart that are the same but for what is rounded."""
+        return 1e-5 if self.settings.get("init") in ROUNDED else 0.0
+
+
 CASES = [
-    pytest.param(family, kind, settings, id=f"{family}-{kind}-{name}")
+    pytest.param(Case(family, kind, settings), id=f"{family}-{kind}-{name}")
     for family in families.names()
     for kind in adapters.names()
     for name, settings in VARIANTS[kind].items()
@@ -88,10 +112,6 @@ CASES = [
 def attach(family: Family, kind: str, settings: dict[str, Any], seed: int = 0) -> Adapter:
     chosen = adapters.get(kind)
     return chosen.attach(family, chosen.Settings(kind=kind, **settings), seed)
-
-
-def layouts(kind: str, settings: dict[str, Any]) -> tuple[str, ...]:
-    return adapters.get(kind).Settings(kind=kind, **settings).layouts()
 
 
 def teach(family: Family, adapter: Adapter, steps: int = 3) -> None:
@@ -148,30 +168,51 @@ def test_every_kind_is_held_to_the_contract() -> None:
         assert adapters.get(kind).kind == kind
 
 
-@pytest.mark.parametrize(("name", "kind", "settings"), CASES)
-class TestContract:
-    @pytest.fixture
-    def family(self, name: str, load_tiny: Load) -> Family:
-        return load_tiny(name)
+class Taught:
+    """A case on a base of its own: what was so before it was attached, then, and once taught."""
 
-    def test_attached_it_changes_nothing_yet(
-        self, family: Family, kind: str, settings: dict[str, Any]
-    ) -> None:
-        before = predict(family)
-        adapter = attach(family, kind, settings)
-        close = 1e-5 if settings.get("init") in ROUNDED else 0
-        torch.testing.assert_close(predict(family), before, atol=close, rtol=0)
-        own = {id(p) for p in adapter.trained().values()}
+    def __init__(self, case: Case, family: Family) -> None:
+        self.family, self.base = family, predict(family)
+        self.adapter = case.attach(family)
+        self.attached, self.first = predict(family), self.adapter.state()
         components = [family.denoiser, *family.text_encoders.values(), family.vae]
-        open_ = {id(p) for c in components for p in c.parameters() if p.requires_grad}
-        assert own == open_, "what trains is the adapter's, all of it and nothing else"
-        assert all(p.dtype == torch.float32 for p in adapter.trained().values())
-        assert adapter.parameter_count() == sum(p.numel() for p in adapter.trained().values())
+        self.open = {id(p) for c in components for p in c.parameters() if p.requires_grad}
+        teach(family, self.adapter)
+        self.state, self.predicted = self.adapter.state(), predict(family)
 
-    def test_every_parameter_is_in_one_group(
-        self, family: Family, kind: str, settings: dict[str, Any]
-    ) -> None:
-        adapter = attach(family, kind, settings)
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Return each case in turn."""
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def taught_once(case: Case, load_tiny: Load) -> Taught:
+    """Return the case, taught."""
+    return Taught(case, load_tiny(case.name))
+
+
+@pytest.fixture
+def taught(taught_once: Taught) -> Iterator[Taught]:
+    """Return the case as it was taught, whatever the test before did to it."""
+    yield taught_once
+    taught_once.adapter.set_scale(1)
+    taught_once.adapter.load_state(taught_once.state)
+
+
+class TestContract:
+    def test_attached_it_changes_nothing_yet(self, case: Case, taught: Taught) -> None:
+        torch.testing.assert_close(taught.attached, taught.base, atol=case.rounding, rtol=0)
+        trained = taught.adapter.trained().values()
+        own = {id(p) for p in trained}
+        assert own == taught.open, "what trains is the adapter's, all of it and nothing else"
+        assert all(p.dtype == torch.float32 for p in trained)
+        assert taught.adapter.parameter_count() == sum(p.numel() for p in trained)
+
+    def test_every_parameter_is_in_one_group(self, taught: Taught) -> None:
+        adapter = taught.adapter
         groups = adapter.parameter_groups()
         grouped = [id(p) for group in groups for p in group.parameters]
         assert sorted(grouped) == sorted(id(p) for p in adapter.trained().values())
@@ -179,40 +220,27 @@ class TestContract:
         rates = {group.rate for group in groups}
         assert ("text_encoder_learning_rate" in rates) == adapter.trains_text_encoder
 
-    def test_it_trains_and_every_tensor_moves(
-        self, family: Family, kind: str, settings: dict[str, Any]
-    ) -> None:
-        adapter = attach(family, kind, settings)
-        first, before = adapter.state(), predict(family)
-        teach(family, adapter)
-        state = adapter.state()
-        assert not torch.equal(predict(family), before)
+    def test_it_trains_and_every_tensor_moves(self, taught: Taught) -> None:
+        first, state = taught.first, taught.state
+        assert not torch.equal(taught.predicted, taught.attached)
         still = [name for name in state if torch.equal(state[name], first[name])]
         assert not still, "these never learned"
         assert all(tensor.isfinite().all() for tensor in state.values())
 
-    def test_state_round_trip(
-        self, family: Family, kind: str, settings: dict[str, Any], name: str, load_tiny: Load
-    ) -> None:
-        adapter = attach(family, kind, settings)
-        teach(family, adapter)
-        state, taught = adapter.state(), predict(family)
+    def test_state_round_trip(self, case: Case, taught: Taught, load_tiny: Load) -> None:
+        state = taught.adapter.state()
         assert all(t.dtype == torch.float32 and not t.requires_grad for t in state.values())
-        other = load_tiny(name)
-        fresh = attach(other, kind, settings, seed=7)
+        other = load_tiny(case.name)
+        fresh = case.attach(other, seed=7)
         fresh.load_state(state)
-        assert torch.equal(predict(other), taught)
+        assert torch.equal(predict(other), taught.predicted)
         assert all(torch.equal(state[key], value) for key, value in fresh.state().items())
         next(iter(state.values())).zero_()
-        assert torch.equal(predict(family), taught), "a state shares no memory with what trains"
+        shared = "a state shares no memory with what trains"
+        assert torch.equal(predict(taught.family), taught.predicted), shared
 
-    def test_a_state_that_does_not_fit_is_refused_whole(
-        self, family: Family, kind: str, settings: dict[str, Any]
-    ) -> None:
-        adapter = attach(family, kind, settings)
-        good, before = adapter.state(), predict(family)
-        teach(family, adapter, steps=1)
-        kept = adapter.state()
+    def test_a_state_that_does_not_fit_is_refused_whole(self, case: Case, taught: Taught) -> None:
+        adapter, good = taught.adapter, taught.first
         first = sorted(good)[0]
         faults = {
             "has no ": {k: v for k, v in good.items() if k != first},
@@ -223,116 +251,106 @@ class TestContract:
             with pytest.raises(UserError, match=re.escape(fault)) as caught:
                 adapter.load_state(state)
             assert "\n" not in str(caught.value)
-        assert all(torch.equal(kept[key], value) for key, value in adapter.state().items())
+        kept = adapter.state()
+        assert all(torch.equal(kept[key], value) for key, value in taught.state.items())
         adapter.load_state(good)
-        close = 1e-5 if settings.get("init") in ROUNDED else 0
-        torch.testing.assert_close(predict(family), before, atol=close, rtol=0)
+        now = predict(taught.family)
+        torch.testing.assert_close(now, taught.base, atol=case.rounding, rtol=0)
 
-    def test_scale_0_is_the_base_and_1_is_what_was_taught(
-        self, family: Family, kind: str, settings: dict[str, Any]
-    ) -> None:
-        base = predict(family)
-        adapter = attach(family, kind, settings)
-        teach(family, adapter)
-        layout = layouts(kind, settings)[0]
-        taught, exported = predict(family), adapter.export_state(layout)[0]
-        state = adapter.state()
+    def test_scale_0_is_the_base_and_1_is_what_was_taught(self, case: Case, taught: Taught) -> None:
+        family, adapter, layout = taught.family, taught.adapter, case.layouts[0]
+        exported = adapter.export_state(layout)[0]
         adapter.set_scale(0)
-        torch.testing.assert_close(predict(family), base, atol=1e-6, rtol=0)
+        torch.testing.assert_close(predict(family), taught.base, atol=1e-6, rtol=0)
         adapter.set_scale(0.5)
-        assert not torch.equal(predict(family), taught)
+        assert not torch.equal(predict(family), taught.predicted)
         scaled = adapter.export_state(layout)[0]
         assert all(torch.equal(exported[key], value) for key, value in scaled.items())
-        assert all(torch.equal(state[key], value) for key, value in adapter.state().items())
+        state = adapter.state()
+        assert all(torch.equal(state[key], value) for key, value in taught.state.items())
         adapter.set_scale(1)
-        assert torch.equal(predict(family), taught)
+        assert torch.equal(predict(family), taught.predicted)
 
     def test_detached_the_base_is_bit_for_bit_what_it_was(
-        self, family: Family, kind: str, settings: dict[str, Any]
+        self, case: Case, load_tiny: Load
     ) -> None:
+        family = load_tiny(case.name)
         predicted = predict(family)  # transformers notes at first use what it hands out
         before = snapshot(family)
         for seed in range(2):  # and another one can be attached
-            adapter = attach(family, kind, settings, seed)
-            teach(family, adapter)
+            adapter = case.attach(family, seed)
+            teach(family, adapter, steps=1)
             adapter.detach()
             assert_same(before, snapshot(family))
             assert torch.equal(predict(family), predicted)
 
-    def test_what_is_drawn_in_training_is_drawn_without_dropout(
-        self, family: Family, kind: str, settings: dict[str, Any]
-    ) -> None:
-        adapter = attach(family, kind, settings)
-        teach(family, adapter)
-        assert torch.equal(predict(family), predict(family))
+    def test_what_is_drawn_in_training_is_drawn_without_dropout(self, taught: Taught) -> None:
+        assert torch.equal(predict(taught.family), predict(taught.family))
 
     def test_first_values_come_from_the_seed_and_the_name_alone(
-        self, family: Family, kind: str, settings: dict[str, Any], name: str, load_tiny: Load
+        self, case: Case, load_tiny: Load
     ) -> None:
+        family = load_tiny(case.name)
+
+        def first(seed: int) -> dict[str, Tensor]:
+            adapter = case.attach(family, seed)
+            state = adapter.state()
+            adapter.detach()
+            return state
+
         torch.manual_seed(1)
-        first = attach(family, kind, settings, seed=4).state()
+        one = first(4)
         follow = torch.rand(3)
         torch.manual_seed(1)
         assert torch.equal(torch.rand(3), follow), "the global stream was used"
         torch.manual_seed(2)
-        again = attach(load_tiny(name), kind, settings, seed=4).state()
-        other = attach(load_tiny(name), kind, settings, seed=5).state()
-        assert first.keys() == again.keys()
-        assert all(torch.equal(first[key], again[key]) for key in first)
-        drawn = any(not torch.equal(first[key], other[key]) for key in first)
-        undrawn = kind in UNDRAWN or settings.get("init") in ("pissa", "olora")
+        again, other = first(4), first(5)
+        assert one.keys() == again.keys()
+        assert all(torch.equal(one[key], again[key]) for key in one)
+        drawn = any(not torch.equal(one[key], other[key]) for key in one)
+        undrawn = case.kind in UNDRAWN or case.settings.get("init") in ("pissa", "olora")
         assert drawn != undrawn, "those come from the weight"
 
     def test_its_files_do_in_a_fresh_base_what_was_taught(
-        self,
-        family: Family,
-        kind: str,
-        settings: dict[str, Any],
-        name: str,
-        load_tiny: Load,
-        tmp_path: Path,
+        self, case: Case, taught: Taught, load_tiny: Load, tmp_path: Path
     ) -> None:
-        base = predict(family)
-        adapter = attach(family, kind, settings)
-        teach(family, adapter)
+        family, adapter = taught.family, taught.adapter
         wanted = {name: change() for name, change in adapter.changes().items()}
-        for layout in layouts(kind, settings):
+        for layout in case.layouts:
             path = tmp_path / f"{layout}.safetensors"
             checkpoint.write_safetensors(path, *adapter.export_state(layout))
-            other = load_tiny(name)
+            other = load_tiny(case.name)
             loaded = load_file(other, path, "file")
             assert loaded.changes.keys() == wanted.keys()
             for module, change in loaded.changes.items():
                 torch.testing.assert_close(change(), wanted[module], atol=2e-6, rtol=1e-4)
-            torch.testing.assert_close(predict(other), predict(family), atol=1e-5, rtol=0)
-            assert (predict(other) - base).abs().max() > 1e-3
+            found = predict(other)
+            torch.testing.assert_close(found, taught.predicted, atol=1e-5, rtol=0)
+            assert (found - taught.base).abs().max() > 1e-3
             adapter.set_scale(0.5)
             loaded.set_scale(0.5)
             torch.testing.assert_close(predict(other), predict(family), atol=1e-5, rtol=0)
             adapter.set_scale(1)
             loaded.set_scale(0)
-            torch.testing.assert_close(predict(other), base, atol=1e-6, rtol=0)
+            torch.testing.assert_close(predict(other), taught.base, atol=1e-6, rtol=0)
 
     def test_plain_diffusers_takes_up_every_tensor(
         self,
-        family: Family,
-        kind: str,
-        settings: dict[str, Any],
-        name: str,
+        case: Case,
+        taught: Taught,
         load_tiny: Load,
         tmp_path: Path,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
-        adapter = attach(family, kind, settings)
-        tensors, metadata = adapter.export_state(layouts(kind, settings)[0])
+        tensors, metadata = taught.adapter.export_state(case.layouts[0])
         assert "lora_adapter_metadata" not in metadata, "alpha stands in the tensors alone"
         assert all(t.dtype == torch.float32 for t in tensors.values())
         path = tmp_path / "adapter.safetensors"
         checkpoint.write_safetensors(path, tensors, metadata)
-        if not tensors or not read_by_diffusers(tensors):  # weights that did not move have none
-            assert layouts(kind, settings) == ("kohya",)
+        if not read_by_diffusers(tensors):
+            assert case.layouts == ("kohya",)
             return
-        other = load_tiny(name)
+        other = load_tiny(case.name)
         capfd.readouterr()
         other.pipeline().load_lora_weights(path)
         # diffusers remarks on a component without LoRA, and calls that safe to ignore
@@ -348,24 +366,19 @@ class TestContract:
         )
         assert loaded == sum(t.numel() for t in tensors.values()), "every tensor is taken up"
 
-    def test_an_unknown_layout_is_refused(
-        self, family: Family, kind: str, settings: dict[str, Any]
-    ) -> None:
-        adapter = attach(family, kind, settings)
-        for layout in ("betamax", *(set(LAYOUTS) - set(layouts(kind, settings)))):
+    def test_an_unknown_layout_is_refused(self, case: Case, taught: Taught) -> None:
+        for layout in ("betamax", *(set(LAYOUTS) - set(case.layouts))):
             with pytest.raises(UserError, match=r"export\.layouts"):
-                adapter.export_state(layout)
+                taught.adapter.export_state(layout)
 
-    def test_a_half_precision_base_is_taught_in_fp32(
-        self, kind: str, settings: dict[str, Any], name: str, load_tiny: Load
-    ) -> None:
-        family = load_tiny(name, dtype="bf16")
-        before = predict(family)
-        if kind == "full":
+    def test_a_half_precision_base_is_taught_in_fp32(self, case: Case, load_tiny: Load) -> None:
+        family = load_tiny(case.name, dtype="bf16")
+        if case.kind == "full":
             with pytest.raises(UserError, match=r"base\.dtype: .* set base\.dtype: fp32"):
-                attach(family, kind, settings)
+                case.attach(family)
             return
-        adapter = attach(family, kind, settings)
+        before = predict(family)
+        adapter = case.attach(family)
         teach(family, adapter)
         assert all(p.dtype == torch.float32 for p in adapter.trained().values())
         assert not torch.equal(predict(family), before)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from told import Typed
 
 import tunekit
-from tunekit.cli import main
 from tunekit.recipe import json_schema
 
 ROOT = Path(__file__).parent.parent
@@ -30,32 +30,6 @@ data:
 adapter:
   kind: lora
 """
-
-
-class Told:
-    """What a command left: exit code, stdout and stderr."""
-
-    def __init__(self, code: object, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-Run = Callable[..., Told]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs `tunekit` with arguments, in this process."""
-
-    def run(*arguments: object) -> Told:
-        monkeypatch.setattr(sys, "argv", ["tunekit", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return Told(left.value.code, said.out, said.err)
-
-    return run
 
 
 @pytest.fixture
@@ -102,38 +76,38 @@ def test_importing_the_package_imports_nothing() -> None:
     assert ran.stdout.strip() == ""
 
 
-def test_help_names_every_verb(run: Run) -> None:
-    told = run("--help")
+def test_help_names_every_verb(typed: Typed) -> None:
+    told = typed("--help")
     assert told.code == 0
     for verb in ("train", "validate", "schema", "generate", "info", "doctor"):
         assert f"\n  {verb} " in told.out
-        assert run(verb, "--help").code == 0
+        assert typed(verb, "--help").code == 0
 
 
-def test_version(run: Run) -> None:
-    assert run("--version").out.strip() == tunekit.__version__
+def test_version(typed: Typed) -> None:
+    assert typed("--version").out.strip() == tunekit.__version__
 
 
-def test_a_valid_recipe(run: Run, project: Path) -> None:
-    told = run("validate", "small.yaml", "train.steps=8")
+def test_a_valid_recipe(typed: Typed, project: Path) -> None:
+    told = typed("validate", "small.yaml", "train.steps=8")
     assert (told.code, told.out, told.err) == (0, "small.yaml: is valid\n", "")
 
 
-def test_the_resolved_recipe_runs_again(run: Run, project: Path) -> None:
-    told = run("validate", "small.yaml", "--print", "train.steps=8")
+def test_the_resolved_recipe_runs_again(typed: Typed, project: Path) -> None:
+    told = typed("validate", "small.yaml", "--print", "train.steps=8")
     assert told.code == 0
     assert "steps: 8" in told.out
     (project / "resolved.yaml").write_text(told.out)
-    assert run("validate", "resolved.yaml", "--print").out == told.out
+    assert typed("validate", "resolved.yaml", "--print").out == told.out
 
 
 def test_a_recipe_with_three_faults_has_three_lines_and_exit_code_2(
-    run: Run, project: Path
+    typed: Typed, project: Path
 ) -> None:
     text = (project / "small.yaml").read_text().replace("kind: lora", "kind: lorra")
     (project / "bad.yaml").write_text(text + "train:\n  stepz: 3\n  seed: x\n")
     for verb in ("validate", "train"):
-        told = run(verb, "bad.yaml")
+        told = typed(verb, "bad.yaml")
         assert told.code == 2
         assert told.out == ""
         assert [line.split(": ")[0] for line in told.err.splitlines()] == [
@@ -171,10 +145,10 @@ def test_a_recipe_with_three_faults_has_three_lines_and_exit_code_2(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_fault_is_one_line_and_exit_code_2(
-    run: Run, project: Path, arguments: list[str], says: str
+    typed: Typed, project: Path, arguments: list[str], says: str
 ) -> None:
     before = sorted(project.rglob("*"))
-    told = run(*arguments)
+    told = typed(*arguments)
     assert told.code == 2
     assert told.out == ""
     assert says in told.err
@@ -185,26 +159,28 @@ def test_a_fault_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     "arguments", [["paint"], ["generate", "--count", "x"], ["validate"], ["train", "--foo"]]
 )
-def test_a_command_that_cannot_be_parsed(run: Run, arguments: list[str]) -> None:
-    assert run(*arguments).code == 2
+def test_a_command_that_cannot_be_parsed(typed: Typed, arguments: list[str]) -> None:
+    assert typed(*arguments).code == 2
 
 
-def test_the_schema_is_printed_as_json(run: Run) -> None:
-    assert json.loads(run("schema").out) == json_schema()
+def test_the_schema_is_printed_as_json(typed: Typed) -> None:
+    assert json.loads(typed("schema").out) == json_schema()
 
 
-def test_doctor_tells_of_every_dependency(run: Run) -> None:
-    told = run("doctor")
+def test_doctor_tells_of_every_dependency(typed: Typed) -> None:
+    told = typed("doctor")
     assert told.code in (0, 1)
     for word in ("python", "torch", "diffusers", "ruamel.yaml", "accelerator", "toybox model"):
         assert word in told.out
-    report = json.loads(run("doctor", "--json").out)
+    report = json.loads(typed("doctor", "--json").out)
     assert report["ok"] == (told.code == 0)
     assert all(check["ok"] == (not check["remedy"]) for check in report["checks"])
 
 
-def test_generate_draws_a_folder_and_a_grid(run: Run, project: Path, tiny_folder: Run) -> None:
-    told = run(
+def test_generate_draws_a_folder_and_a_grid(
+    typed: Typed, project: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    told = typed(
         *("generate", "--base", tiny_folder(), "--prompt", "a robot", "--prompt", "a blue cat"),
         *("--seed", 5, "--count", 2, "--steps", 2, "--guidance", 3, "--negative", "snow"),
         *("--scheduler", "euler", "--width", 32, "--height", 16, "--json"),
@@ -226,7 +202,7 @@ def test_generate_draws_a_folder_and_a_grid(run: Run, project: Path, tiny_folder
     expected |= {"negative_prompt": "snow", "scheduler": "euler", "width": 32, "height": 16}
     assert stored.items() >= expected.items()
 
-    again = run(
+    again = typed(
         *("generate", "--base", tiny_folder(), "--prompt", "a robot"),
         *("--seed", 5, "--count", 1, "--steps", 2, "--guidance", 3, "--negative", "snow"),
         *("--scheduler", "euler", "--width", 32, "--height", 16),
@@ -239,12 +215,12 @@ def test_generate_draws_a_folder_and_a_grid(run: Run, project: Path, tiny_folder
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_a_picture(
-    run: Run, project: Path, tiny_folder: Callable[..., Path]
+    typed: Typed, project: Path, tiny_folder: Callable[..., Path]
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))  # bytes a file: no picture fits
     try:
-        told = run(
+        told = typed(
             *("generate", "--base", tiny_folder(), "--prompt", "a robot", "--steps", 1),
             *("--out", "full"),
         )

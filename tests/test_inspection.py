@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from told import Told
+from told import Told, Typed
 
-from tunekit.cli import main
 from tunekit.data.cache import Cache
 from tunekit.data.records import DataError
 from tunekit.errors import UserError
@@ -310,22 +308,16 @@ def test_the_bundled_recipes_have_nothing_to_object_to(name: str) -> None:
 
 
 def test_the_verb_prints_json_saves_the_page_and_says_by_its_exit_code_what_training_would(
-    paint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    paint: Any, tmp_path: Path, typed: Typed
 ) -> None:
-    def run(*words: object) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["tunekit", "inspect", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return left.value.code, capsys.readouterr().out
-
     paint("p/a.png", 1)
     page = tmp_path / "sheet.html"
-    code, out = run(tmp_path / "p", "--resolution", 64, "--json", "--html", page)
-    assert (code, json.loads(out)["ok"]) == (0, True)
+    told = typed("inspect", tmp_path / "p", "--resolution", 64, "--json", "--html", page)
+    assert (told.code, json.loads(told.out)["ok"]) == (0, True)
     assert "1 picture, nothing to object to" in page.read_text()
-    code, out = run(tmp_path / "p")
-    assert code == 2
-    assert "a.png: 96x96 is smaller than the resolution of 512" in out
+    told = typed("inspect", tmp_path / "p")
+    assert told.code == 2
+    assert "a.png: 96x96 is smaller than the resolution of 512" in told.out
 
 
 def test_pictures_of_the_class_are_looked_at_too(paint: Any, recipe: Any, tmp_path: Path) -> None:

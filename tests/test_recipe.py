@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from good import recipe_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,19 +26,7 @@ from tunekit.recipe import (
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
-GOOD = """\
-name: good
-base:
-  model: model
-data:
-  source: pictures
-  trigger: zorp
-  class: robot
-adapter:
-  kind: lora
-train:
-  learning_rate: 1e-4
-"""
+GOOD = recipe_for("model")
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from resumed import (
     assert_same,
     digest,
     draw_pictures,
-    quick_collection,
     recipe_of,
 )
 from test_resume import Killed
@@ -125,11 +124,10 @@ WAYS: dict[str, Tree] = {
 @pytest.fixture(scope="module")
 def made(
     tree: Callable[..., Tree], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Recipe]]:
+) -> Callable[..., Recipe]:
     """Give a maker of recipes: what a way says, over a small run."""
     pictures = draw_pictures(tmp_path_factory.mktemp("drawn"))
-    with quick_collection():
-        yield partial(recipe_of, tree, pictures)
+    return partial(recipe_of, tree, pictures)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from resumed import EVERYTHING, draw_pictures, quick_collection, recipe_of
+from resumed import EVERYTHING, draw_pictures, recipe_of
 from test_resume import KillAt, Killed
 from test_resume import assert_same as assert_same_files
 
@@ -84,11 +84,10 @@ RUNS: dict[str, tuple[Tree, int]] = {  # and how many passes a step has
 @pytest.fixture(scope="module")
 def made(
     tree: Callable[..., Tree], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Recipe]]:
+) -> Callable[..., Recipe]:
     """Give a maker of recipes: what a way says, over a small run."""
     pictures = draw_pictures(tmp_path_factory.mktemp("drawn"))
-    with quick_collection():
-        yield partial(recipe_of, tree, pictures)
+    return partial(recipe_of, tree, pictures)
 
 
 @pytest.mark.parametrize("name", RUNS)
