@@ -107,6 +107,7 @@ def work(verb: str, folder: Path) -> None:
     from tunekit.files import folder as folders
     from tunekit.files.cut import Keep
     from tunekit.files.names import Names
+    from tunekit.files.opened import NewFile
     from tunekit.schema import Base
 
     base, lora, out = str(folder / "base"), folder / "lora.safetensors", folder / f"{verb}.out"
@@ -117,13 +118,13 @@ def work(verb: str, folder: Path) -> None:
     if verb == "merge":
         folders.merge([(lora, 1.0)], folder / "merged", base=base)
     elif verb == "extract":
-        extract.extract(str(folder / "merged"), base, file, Keep(rank=RANK))
+        extract.extract(str(folder / "merged"), base, NewFile(file), Keep(rank=RANK))
     elif verb == "resize":
-        resize.resize(lora, file, Keep(rank=RANK // 2), base=base)
+        resize.resize(lora, NewFile(file), Keep(rank=RANK // 2), base=base)
     elif verb == "convert":
         convert.convert(lora, "diffusers", out=file, base=base)
     else:
-        mix.mix([(lora, 1.0), (lora, 0.5)], file, mix.Way(), Keep(), base=base)
+        mix.mix([(lora, 1.0), (lora, 0.5)], NewFile(file), mix.Way(), Keep(), base=base)
     seconds = time.perf_counter() - began
     print(json.dumps({"before_mb": before, "peak_mb": peak(), "seconds": seconds}))
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from tunekit.cli_options import AsJson, print_json
-from tunekit.errors import UserError
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors adapter file.")]
 BaseOption = Annotated[
@@ -95,46 +94,28 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge adapters into a base, or with each other. Writes a diffusers folder or a file."""
-    from tunekit.files.cut import Keep
-    from tunekit.files.folder import merge
-    from tunekit.files.mix import Way, mix
+    from tunekit.files.merge import Request, merge
     from tunekit.generate import parse_adapter
     from tunekit.progress import OnScreen
 
-    given = [parse_adapter(text) for text in adapter]
-    keep = Keep.of(rank, energy, frobenius)
-    if into_adapter:
-        for option, value in (("--variant", variant), ("--config", config)):
-            if value is not None:
-                raise UserError(f"{option}: is of a base that is merged into; leave it out")
-        way = Way.of(method or "concat", density, seed, keep)
-        made: Any = mix(
-            given,
-            out,
-            way,
-            keep,
-            layout=to or "kohya",
-            dtype=dtype or "fp16",
-            base=base,
-            overwrite=overwrite,
-            reporter=OnScreen(),
-        )
-    else:
-        only = {"--method": method, "--rank": rank, "--energy": energy, "--frobenius": frobenius}
-        only |= {"--density": density, "--seed": seed, "--to": to}
-        if extra := [option for option, value in only.items() if value is not None]:
-            raise UserError(f"{extra[0]}: is for --into-adapter; a base takes every change whole")
-        made = merge(
-            given,
-            out,
-            base=base,
-            config=config,
-            variant=variant,
-            dtype=dtype,
-            overwrite=overwrite,
-            reporter=OnScreen(),
-        )
-    _show(made, as_json)
+    asked = Request(
+        [parse_adapter(text) for text in adapter],
+        out,
+        into_adapter,
+        base=base,
+        config=config,
+        variant=variant,
+        method=method,
+        rank=rank,
+        energy=energy,
+        frobenius=frobenius,
+        density=density,
+        seed=seed,
+        to=to,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    _show(merge(asked, OnScreen()), as_json)
 
 
 def extract(
@@ -158,18 +139,16 @@ def extract(
     """Make a LoRA of what tuning did to a base. Says what the rank loses, module by module."""
     from tunekit.files.cut import Keep
     from tunekit.files.extract import extract
+    from tunekit.files.opened import NewFile
     from tunekit.progress import OnScreen
 
     made = extract(
         tuned,
         original,
-        out,
+        NewFile(out, to, dtype, overwrite),
         Keep.of(rank, energy, frobenius),
         targets=targets,
         config=config,
-        layout=to,
-        dtype=dtype,
-        overwrite=overwrite,
         reporter=OnScreen(),
     )
     _show(made, as_json)
@@ -189,20 +168,12 @@ def resize(
 ) -> None:
     """Make a plain LoRA of another rank of any adapter. Says what is kept, module by module."""
     from tunekit.files.cut import Keep
+    from tunekit.files.opened import NewFile
     from tunekit.files.resize import resize
     from tunekit.progress import OnScreen
 
-    made = resize(
-        file,
-        out,
-        Keep.of(rank, energy, frobenius),
-        layout=to,
-        dtype=dtype,
-        base=base,
-        overwrite=overwrite,
-        reporter=OnScreen(),
-    )
-    _show(made, as_json)
+    new, keep = NewFile(out, to, dtype, overwrite), Keep.of(rank, energy, frobenius)
+    _show(resize(file, new, keep, base=base, reporter=OnScreen()), as_json)
 
 
 def _show(made: Any, as_json: bool) -> None:

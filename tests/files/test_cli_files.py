@@ -10,24 +10,9 @@ from pathlib import Path
 
 import pytest
 from made_files import export
-
-from tunekit.cli import main
+from told import Typed
 
 ROOT = Path(__file__).parent.parent.parent
-Run = Callable[..., tuple[object, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tunekit", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -36,34 +21,33 @@ def lora(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 
 def test_there_and_on(
-    run: Run, lora: Path, tiny_folder: Callable[..., Path], tmp_path: Path
+    typed: Typed, lora: Path, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     """One file goes through every verb; each says what it did."""
     base = tiny_folder()
     out = tmp_path / "d.safetensors"
-    code, told, _ = run("convert", lora, "--to", "diffusers", "--base", base, "--out", out)
-    assert code == 0
-    assert "modules (LoRA) from kohya to diffusers" in told
-    assert "again when converted back" in told
-    code, told, _ = run("merge", f"{out}:0.5", "--base", base, "--out", tmp_path / "m", "--json")
-    assert code == 0
-    assert json.loads(told)["adapters"] == ["d.safetensors x 0.5"]
+    told = typed("convert", lora, "--to", "diffusers", "--base", base, "--out", out)
+    assert told.code == 0
+    assert "modules (LoRA) from kohya to diffusers" in told.out
+    assert "again when converted back" in told.out
+    told = typed("merge", f"{out}:0.5", "--base", base, "--out", tmp_path / "m", "--json")
+    assert told.code == 0
+    assert json.loads(told.out)["adapters"] == ["d.safetensors x 0.5"]
     extracted = tmp_path / "x.safetensors"
-    code, told, _ = run("extract", tmp_path / "m", "--from", base, "--rank", 4, "--out", extracted)
-    assert code == 0
-    assert "of rank 4 keep 100.00% of the squared norm" in told
+    told = typed("extract", tmp_path / "m", "--from", base, "--rank", 4, "--out", extracted)
+    assert told.code == 0
+    assert "of rank 4 keep 100.00% of the squared norm" in told.out
     small = tmp_path / "s.safetensors"
     words = ("resize", extracted, "--energy", 0.9, "--out", small, "--base", base, "--json")
-    code, told, _ = run(*words)
-    report = json.loads(told)
+    report = json.loads(typed(*words).out)
     assert 0.9 <= report["kept"] < 1
     assert report["kept"] == pytest.approx(1 - (report["lost"] / report["norm"]) ** 2)
     both = tmp_path / "b.safetensors"
     words = ("merge", lora, f"{small}:2", "--into-adapter", "--base", base, "--out", both)
-    code, told, err = run(*words)
-    assert code == 0, err
-    assert "merged by concat: zorp-kohya.safetensors x 1, s.safetensors x 2" in told
-    assert run("info", both)[0] == 0
+    told = typed(*words)
+    assert told.code == 0, told.err
+    assert "merged by concat: zorp-kohya.safetensors x 1, s.safetensors x 2" in told.out
+    assert typed("info", both).code == 0
 
 
 @pytest.mark.parametrize(
@@ -75,6 +59,10 @@ def test_there_and_on(
         (["convert", "LORA", "--to", "kohya", "--base", "nowhere"], "there is no folder nowhere"),
         (["merge", "LORA", "--out", "m", "--rank", "4"], "--rank: is for --into-adapter"),
         (["merge", "LORA", "--out", "m", "--base", "toybox", "--config", "x"], "and none is"),
+        (
+            ["merge", "LORA", "--into-adapter", "--out", "m.safetensors", "--variant", "fp16"],
+            "--variant: is of a base that is merged into",
+        ),
         (["merge", "LORA:x", "--out", "m"], '"x" is no weight'),
         (["merge", "LORA", "--into-adapter", "--out", "m"], "does not end in .safetensors"),
         (["resize", "LORA", "--out", "m.safetensors"], "name --rank, --energy or --frobenius"),
@@ -89,16 +77,15 @@ def test_there_and_on(
 def test_a_fault_is_one_line_and_exit_code_2(
     words: list[str],
     says: str,
-    run: Run,
+    typed: Typed,
     lora: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(*[word.replace("LORA", str(lora)) for word in words])
-    assert (code, out) == (2, "")
-    assert says in err
-    assert err.count("\n") == 1
+    told = typed(*[word.replace("LORA", str(lora)) for word in words])
+    assert len(told.refusal(says)) == 1
+    assert told.out == ""
     assert not list(tmp_path.iterdir())
 
 

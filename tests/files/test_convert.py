@@ -23,6 +23,7 @@ from tunekit.files.adapter import AdapterFile
 from tunekit.files.convert import convert
 from tunekit.files.cut import Keep
 from tunekit.files.names import Names
+from tunekit.files.opened import NewFile
 from tunekit.files.resize import resize
 from tunekit.files.sources import outline
 from tunekit.files.stream import TensorFile
@@ -250,9 +251,8 @@ class TestDora:
         path = write(tmp_path / "it.safetensors", tensors)
         with pytest.raises(UserError, match=r"magnitude for each input.*tunekit resize --base"):
             convert(path, "diffusers", base=base)
-        plain = resize(
-            path, tmp_path / "plain.safetensors", Keep(energy=1.0), base=base, dtype="fp32"
-        )
+        new = NewFile(tmp_path / "plain.safetensors", dtype="fp32")
+        plain = resize(path, new, Keep(energy=1.0), base=base)
         assert far(wanted, changes(plain.path, tiny_folder())) < 1e-5
 
 
@@ -425,6 +425,12 @@ class TestRefused:
         named = {"ss_sd_model_name": "v1-5-pruned.safetensors"}
         path = write(tmp_path / "b.safetensors", tensors, **named)
         self.refused(path, 'made for "v1-5-pruned.safetensors", which is no folder here', None)
+
+    def test_a_file_brings_nothing_from_the_hub(self, tiny_folder: Folder, tmp_path: Path) -> None:
+        """Whoever wrote it would choose what is downloaded; the user may."""
+        tensors, _, _ = Trainer(tiny_folder()).sd_scripts()
+        path = write(tmp_path / "a.safetensors", tensors, ss_sd_model_name="someone/model")
+        self.refused(path, r"says it is for someone/model, .*: --base someone/model does", None)
 
     def test_what_is_there_stays(self, exported: Any, tiny_folder: Folder, tmp_path: Path) -> None:
         path, base = exported("LoRA")["kohya"], str(tiny_folder())

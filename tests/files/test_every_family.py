@@ -21,6 +21,7 @@ from tunekit.files.cut import Keep
 from tunekit.files.extract import extract
 from tunekit.files.folder import merge
 from tunekit.files.names import Names, Place
+from tunekit.files.opened import NewFile
 from tunekit.loading import load_file
 from tunekit.schema import Base
 from tunekit.verification import ask, make_probe
@@ -124,7 +125,9 @@ def test_into_the_base_and_out_of_it(name: str, tiny_folder: Folder, tmp_path: P
         held, _ = read_safetensors(tmp_path / "merged" / encoder / "model.safetensors")
         assert all(key.startswith(("text_model.", "text_projection.")) for key in held)
     out = tmp_path / "out.safetensors"
-    report = extract(str(tmp_path / "merged"), str(base), out, Keep(rank=RANK), dtype="fp32")
+    report = extract(
+        str(tmp_path / "merged"), str(base), NewFile(out, dtype="fp32"), Keep(rank=RANK)
+    )
     assert {row.name for row in report.rows} == {".".join(place) for place in factors}
     changed = {".".join(place): matrix(*pair) for place, pair in factors.items()}
     assert far(changed, changes(out, base)) < 1e-3

@@ -16,6 +16,7 @@ from tunekit.errors import UserError
 from tunekit.files.cut import Keep, cut_factors, cut_matrix
 from tunekit.files.extract import extract
 from tunekit.files.folder import merge
+from tunekit.files.opened import NewFile
 from tunekit.files.resize import resize
 
 Folder = Callable[..., Path]
@@ -60,7 +61,7 @@ class TestExtract:
         self, tuned: tuple[Path, Path], tiny_folder: Folder, tmp_path: Path
     ) -> None:
         out = tmp_path / "x.safetensors"
-        made = extract(str(tuned[0]), str(tiny_folder()), out, Keep(rank=4), dtype="fp32")
+        made = extract(str(tuned[0]), str(tiny_folder()), NewFile(out, dtype="fp32"), Keep(rank=4))
         assert far(changes(tuned[1], tiny_folder()), changes(out, tiny_folder())) < 1e-4
         assert {row.rank for row in made.rows} == {4}
         assert made.kept == pytest.approx(1, abs=1e-6)
@@ -74,9 +75,8 @@ class TestExtract:
     ) -> None:
         out = tmp_path / "x.safetensors"
         for keep in (Keep(rank=2), Keep(energy=0.8)):
-            made = extract(
-                str(tuned[0]), str(tiny_folder()), out, keep, dtype="fp32", overwrite=True
-            )
+            new = NewFile(out, dtype="fp32", overwrite=True)
+            made = extract(str(tuned[0]), str(tiny_folder()), new, keep)
             whole, found = changes(tuned[1], tiny_folder()), changes(out, tiny_folder())
             for row in made.rows:
                 error = float((whole[row.name] - found[row.name]).norm())
@@ -89,7 +89,7 @@ class TestExtract:
         self, tuned: tuple[Path, Path], tiny_folder: Folder, tmp_path: Path
     ) -> None:
         out = tmp_path / "x.safetensors"
-        extract(str(tuned[0]), str(tiny_folder()), out, Keep(rank=4), layout="diffusers")
+        extract(str(tuned[0]), str(tiny_folder()), NewFile(out, "diffusers"), Keep(rank=4))
         assert {t.dtype for t in read_safetensors(out)[0].values()} == {torch.float16}
         assert far(changes(tuned[1], tiny_folder()), changes(out, tiny_folder())) < 3e-3
 
@@ -103,7 +103,7 @@ class TestExtract:
         tensors["mid_block.resnets.0.conv1.bias"] += 1
         write_safetensors(path, tensors, {"format": "pt"})
         out = tmp_path / "x.safetensors"
-        made = extract(str(tmp_path / "t"), str(tiny_folder()), out, Keep(rank=4))
+        made = extract(str(tmp_path / "t"), str(tiny_folder()), NewFile(out), Keep(rank=4))
         assert {n for n, _ in made.left_out} == {
             "denoiser.conv_in.weight",
             "denoiser.mid_block.resnets.0.conv1.bias",
@@ -112,21 +112,20 @@ class TestExtract:
         less = extract(
             str(tmp_path / "t"),
             str(tiny_folder()),
-            out,
+            NewFile(out, overwrite=True),
             Keep(rank=4),
             targets="attention",
-            overwrite=True,
         )
         assert len(less.rows) < len(made.rows)
         assert len(less.left_out) > 2
 
     def test_refused(self, tuned: tuple[Path, Path], tiny_folder: Folder, tmp_path: Path) -> None:
-        base, out = str(tiny_folder()), tmp_path / "x.safetensors"
+        base, out = str(tiny_folder()), NewFile(tmp_path / "x.safetensors")
         for args, said in (
             ((base, base, out, Keep(rank=4)), "no module changes"),
             (("toybox", base, out, Keep(rank=4)), "are not of one form"),
             ((str(tuned[0]), base, out, Keep()), "name --rank, --energy or --frobenius"),
-            ((str(tuned[0]), base, tmp_path / "x.bin", Keep(rank=4)), "does not end in"),
+            ((str(tuned[0]), base, NewFile(tmp_path / "x.bin"), Keep(rank=4)), "does not end in"),
         ):
             with pytest.raises(UserError, match=said):
                 extract(*args)
@@ -144,7 +143,7 @@ class TestResize:
         base = tiny_folder()
         path = [*export(base, kind, tmp_path / "k").values()][-1]
         out = tmp_path / "x.safetensors"
-        made = resize(path, out, Keep(energy=1.0), base=str(base), dtype="fp32")
+        made = resize(path, NewFile(out, dtype="fp32"), Keep(energy=1.0), base=str(base))
         wanted, found = changes(path, base), changes(out, base)
         assert far(wanted, found) < 1e-4
         names = {key.rpartition(".lora")[1] for key in read_safetensors(out)[0] if "lora_" in key}
@@ -153,14 +152,9 @@ class TestResize:
         if kind in ("LoRA", "LoKr"):
             assert {row.before for row in made.rows} <= {4, 2, None}
         if kind == "whole":  # norms and biases have no rank
+            new = NewFile(tmp_path / "y.safetensors", "diffusers")
             with pytest.raises(UserError, match=r"differences of whole tensors.*write it as kohya"):
-                resize(
-                    path,
-                    tmp_path / "y.safetensors",
-                    Keep(rank=4),
-                    base=str(base),
-                    layout="diffusers",
-                )
+                resize(path, new, Keep(rank=4), base=str(base))
 
     def test_a_lower_rank_keeps_the_most(self, tiny_folder: Folder, tmp_path: Path) -> None:
         base = tiny_folder()
@@ -168,7 +162,8 @@ class TestResize:
         whole = changes(path, base)
         for keep in (Keep(rank=2), Keep(energy=0.7), Keep.of(None, None, 0.9)):
             out = tmp_path / "x.safetensors"
-            made = resize(path, out, keep, base=str(base), dtype="fp32", overwrite=True)
+            new = NewFile(out, dtype="fp32", overwrite=True)
+            made = resize(path, new, keep, base=str(base))
             found = changes(out, base)
             for row in made.rows:
                 values = torch.linalg.svdvals(whole[row.name].double().flatten(1))
@@ -183,6 +178,20 @@ class TestResize:
         assert len(alphas) == 1, "diffusers reads one alpha of a file"
         assert read_safetensors(out)[1]["ss_network_dim"] == "Dynamic"
 
+    def test_it_is_another_adapter_and_says_so(self, tiny_folder: Folder, tmp_path: Path) -> None:
+        """What the old file says of the training stays; its name and its recipe are its own."""
+        path = export(tiny_folder(), "LoRA", tmp_path / "k")["kohya"]
+        out = tmp_path / "small.safetensors"
+        resize(path, NewFile(out), Keep(rank=2), base=str(tiny_folder()))
+        before, after = (read_safetensors(p)[1] for p in (path, out))
+        assert after["modelspec.title"] == after["ss_output_name"] == "small"
+        for key in ("tunekit.recipe", "modelspec.date"):
+            assert key in before
+            assert key not in after
+        assert after["modelspec.trigger_phrase"] == before["modelspec.trigger_phrase"]
+        assert after["ss_learning_rate"] == before["ss_learning_rate"]
+        assert after["tunekit.made_by"].startswith(f"resized from {path.name} (tunekit ")
+
     def test_what_changes_nothing_is_left_out(self, tiny_folder: Folder, tmp_path: Path) -> None:
         base = tiny_folder()
         path = export(base, "LoRA", tmp_path / "k")["kohya"]
@@ -191,7 +200,7 @@ class TestResize:
         tensors |= {key: torch.zeros_like(tensors[key]) for key in still}
         made = resize(
             write(tmp_path / "a.safetensors", tensors, **said),
-            tmp_path / "x.safetensors",
+            NewFile(tmp_path / "x.safetensors"),
             Keep(rank=2),
             base=str(base),
         )
@@ -200,7 +209,7 @@ class TestResize:
         with pytest.raises(UserError, match="no module changes"):
             resize(
                 write(tmp_path / "b.safetensors", nothing, **said),
-                tmp_path / "y.safetensors",
+                NewFile(tmp_path / "y.safetensors"),
                 Keep(rank=2),
                 base=str(base),
             )

@@ -23,6 +23,7 @@ from tunekit.files.convert import convert
 from tunekit.files.cut import Keep
 from tunekit.files.extract import extract
 from tunekit.files.folder import merge
+from tunekit.files.opened import NewFile
 from tunekit.inference import load
 from tunekit.schema import Base
 
@@ -198,8 +199,8 @@ def test_a_base_that_is_one_file(exported: Any, tiny_folder: Folder, tmp_path: P
     assert off(predict(found), wanted, predict(base_of(base))) < 1e-4
     grey = torch.zeros(1, 3, 32, 32)
     assert found.encode_image(grey).allclose(base_of(base).encode_image(grey), atol=1e-6)
-    out = tmp_path / "x.safetensors"
-    report = extract(str(tmp_path / "m"), str(one), out, Keep(rank=4), config=str(base))
+    new = NewFile(tmp_path / "x.safetensors")
+    report = extract(str(tmp_path / "m"), str(one), new, Keep(rank=4), config=str(base))
     assert report.kept > 1 - 1e-6
     assert not report.left_out
 

@@ -16,6 +16,7 @@ from tunekit.checkpoint import read_safetensors
 from tunekit.errors import UserError
 from tunekit.files.cut import Keep
 from tunekit.files.mix import Way, mix
+from tunekit.files.opened import NewFile
 from tunekit.schema import Base
 
 Folder = Callable[..., Path]
@@ -48,7 +49,7 @@ def mixed(two: Made, weights: tuple[float, float], out: Path, folder: Path, **wa
     keep = Keep.of(way.pop("rank", None), way.pop("energy", None))
     how = Way.of(way.pop("method"), way.pop("density", None), way.pop("seed", None), keep)
     given = list(zip(two[0], weights, strict=True))
-    return mix(given, out, how, keep, base=str(folder), dtype="fp32", **way)
+    return mix(given, NewFile(out, dtype="fp32", **way), how, keep, base=str(folder))
 
 
 def summed(two: Made, weights: tuple[float, float]) -> dict[str, Tensor]:
@@ -127,7 +128,8 @@ def test_any_kind_can_be_summed(tiny_folder: Folder, two: Made, tmp_path: Path) 
     keep = Keep(energy=1.0)
     out = tmp_path / "m.safetensors"
     given = [(path, 1.0) for path in paths]
-    mix(given, out, Way.of("svd", None, None, keep), keep, base=str(base), dtype="fp32")
+    way = Way.of("svd", None, None, keep)
+    mix(given, NewFile(out, dtype="fp32"), way, keep, base=str(base))
     each = [changes(path, base) for path in paths]
     names = set().union(*each)
     wanted = {n: sum((c[n].double() for c in each if n in c), torch.zeros(())) for n in names}
@@ -167,7 +169,7 @@ class TestRefused:
         with pytest.raises(UserError, match="is whole, whose factors cannot stand beside others"):
             mix(
                 [(path, 1.0), (two[0][0], 1.0)],
-                tmp_path / "m.safetensors",
+                NewFile(tmp_path / "m.safetensors"),
                 Way(),
                 keep,
                 base=str(tiny_folder()),

@@ -234,13 +234,7 @@ def _score_prompts(
         },
         "fidelity": _fidelity(question, told, base_told, held_out, whole_unseen, judges.clip)
         | _kept(told, base_told, scores.chance_fidelity(old, texts, which)),
-        "copied": {
-            "score": sum(copied for _, _, copied in copies) / len(copies),
-            "count": sum(copied for _, _, copied in copies),
-            "of": len(copies),
-            "closest_real_pair": closest,
-            "closest": min(distance for _, distance, _ in copies),
-        },
+        "copied": _copied(copies, closest),
     }
     records = [
         {
@@ -260,6 +254,18 @@ def _score_prompts(
         for row, pair in enumerate(pairs)
     ]
     return sums, records
+
+
+def _copied(copies: Sequence[tuple[int, float, bool]], closest: float | None) -> dict[str, Any]:
+    """Return the sums of what `_copies` found."""
+    count = sum(copied for _, _, copied in copies)
+    return {
+        "score": count / len(copies),
+        "count": count,
+        "of": len(copies),
+        "closest_real_pair": closest,
+        "closest": min(distance for _, distance, _ in copies),
+    }
 
 
 def _copies(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tunekit import embeddings
 from tunekit.changes import deltas
 from tunekit.changes.joined import Joint, separate
-from tunekit.errors import UserError
+from tunekit.errors import UserError, some
 from tunekit.factors import (
     adapter_metadata,
     check_module,
@@ -22,7 +22,7 @@ from tunekit.factors import (
     is_kohya,
     kind_of,
 )
-from tunekit.files.names import Names, Place, listed
+from tunekit.files.names import SOME, Names, Place
 from tunekit.files.stream import TensorFile
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class AdapterFile:
             )
         if unread:
             raise UserError(
-                f"{path}: {len(unread)} tensors are no factors of an adapter: {listed([*unread])}"
+                f"{path}: {len(unread)} tensors are no factors of an adapter: {some(unread, SOME)}"
             )
         self._keys = self._by_module()
         self._scales = beside(path, self.metadata)
@@ -227,7 +227,7 @@ class AdapterFile:
         rank = check_module(self.path, name, raw)
         broken = [keys[f] for f, t in raw.items() if not bool(t.double().isfinite().all())]
         if broken:
-            raise UserError(f"{self.path}: {listed(broken)}: holds NaN or infinite numbers")
+            raise UserError(f"{self.path}: {some(broken, SOME)}: holds NaN or infinite numbers")
         given = raw.pop("alpha", None)
         alpha = float(given) if given is not None else None
         if alpha is None and rank is not None:

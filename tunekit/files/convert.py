@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.errors import UserError
-from tunekit.files import output, sources
-from tunekit.files.adapter import AdapterFile, Parts, like, metadata_of, share
+from tunekit.files import output
+from tunekit.files.adapter import AdapterFile, Parts, like, share
 from tunekit.files.cut import product_norm
 from tunekit.files.names import Names, Place
+from tunekit.files.opened import NewFile, Opened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,17 +68,18 @@ def convert(
     changes, see `sources.find_base`. dtype: of the tensors, as `Output`. Raises UserError for what
     cannot be read or carried whole, and where the comparison fails; the file is not there then.
     """
-    output.check_options(layout, dtype)
-    out = out or path.with_name(f"{path.stem}-{layout}.safetensors")
-    output.check_out(out, overwrite)
-    family = sources.outline(sources.find_base(base, metadata_of(path), path))
-    names = Names(family)
-    file = AdapterFile(path, names)
+    new = NewFile(
+        out or path.with_name(f"{path.stem}-{layout}.safetensors"), layout, dtype, overwrite
+    )
+    opened = Opened.by(new, path, base)
+    names, out = opened.names, new.path
+    file = opened.file(path)
     kinds = set()
     done = f"converted from {file.layout} to {layout}"
-    metadata = output.described(names, family.facts(), path.stem, file.metadata, done)
+    # It is the same adapter, so that its title, recipe and all that is its own stay.
+    metadata = output.described(names, opened.family.facts(), path.stem, file.metadata, done)
     with contextlib.ExitStack() as held:
-        result = held.enter_context(output.Output(out, layout, names, dtype))
+        result = held.enter_context(opened.output())
         for place, factors in file.kinds().items():
             parts = file.read(place)
             result.refuse(parts.kind, factors, str(path))
@@ -100,7 +102,7 @@ def convert(
         out,
         file.layout,
         layout,
-        family.label,
+        names.label,
         result.modules,
         tuple(sorted(kinds)),
         there,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.errors import UserError
 from tunekit.files import output
 from tunekit.files.cut import Keep, cut_matrix
 from tunekit.files.names import Names, Place
+from tunekit.files.opened import NewFile, Opened
 from tunekit.files.report import Report, Row
 from tunekit.files.sources import Weights, base_called, check_config, outline
 from tunekit.files.sources import targets as targeted
@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 def extract(
     tuned: str,
     original: str,
-    out: Path,
+    new: NewFile,
     keep: Keep,
     *,
     targets: str = "full",
     config: str | None = None,
-    layout: str = "kohya",
-    dtype: str | None = "fp16",
-    overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Report:
     """Write tuned - original as a LoRA: the nearest of its rank to each weight's difference.
@@ -40,14 +37,13 @@ def extract(
     recipes; what changed outside it is told and left out. Raises UserError where the two are not
     of one form, or nothing in the targets differs.
     """
-    output.check_out(out, overwrite)
+    new.check()
     if keep == Keep():
         raise UserError("name --rank, --energy or --frobenius: how much of every module is kept")
     check_config(config, original, tuned)
     base, later = (base_called(model, config) for model in (original, tuned))
-    family = outline(base)
-    names = Names(family)
-    before = Weights(base, family, names)
+    opened = Opened(new, base)
+    family, before = opened.family, opened.weights
     other = outline(later)
     if type(other) is not type(family):
         raise UserError(f"{tuned}: is {other.name}, and {original} is {family.name}")
@@ -57,7 +53,7 @@ def extract(
     left: list[tuple[str, float]] = []
     pairs = list(_pairs(before, after))
     done = f"extracted from {portable(tuned)} less {portable(original)}"
-    with output.Output(out, layout, names, dtype) as result:
+    with opened.output() as result:
         with (reporter or Silent()).stage("extract", len(pairs)) as tick:
             for name, place, which in pairs:
                 tick()
@@ -71,9 +67,9 @@ def extract(
                 cut = cut_matrix(change, keep)
                 rows.append(Row.of(".".join(place), None, cut))
                 result.add(place, output.lora(cut.up, cut.down))
-        result.finish(output.described(names, family.facts(), out.stem, {}, done))
+        result.finish(opened.described({}, done))
     remarks = (*before.remarks, *after.remarks, *result.remarks)
-    return Report(out, done, tuple(rows), remarks, tuple(left))
+    return Report(new.path, done, tuple(rows), remarks, tuple(left))
 
 
 def _pairs(before: Weights, after: Weights) -> Iterator[tuple[tuple[str, str], Place | None, str]]:

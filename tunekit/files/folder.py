@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunekit.errors import UserError
+from tunekit.errors import UserError, some
 from tunekit.files import output, sources
 from tunekit.files.adapter import AdapterFile, metadata_of
-from tunekit.files.names import Names, Place, listed
+from tunekit.files.names import SOME, Names, Place
 from tunekit.files.sources import Entry, Source, Weights
 from tunekit.files.stream import Form, write
 from tunekit.progress import Reporter, Silent
@@ -139,7 +139,7 @@ def _check_fits(file: AdapterFile, weights: Weights) -> None:
         )
         missing += [f"{'.'.join(place)}.{w}" for w in wanted if not weights.holds(place, w)]
     if missing:
-        raise UserError(f"{file.path}: {weights.label} has no {listed(missing)} in its files")
+        raise UserError(f"{file.path}: {weights.label} has no {some(missing, SOME)} in its files")
 
 
 @dataclass

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from tunekit import seeding
 from tunekit.errors import UserError, did_you_mean
-from tunekit.files import output, sources
-from tunekit.files.adapter import AdapterFile, Parts, metadata_of
+from tunekit.files import output
+from tunekit.files.adapter import AdapterFile, Parts
 from tunekit.files.cut import Cut, Keep, cut_factors, cut_matrix, product_norm
-from tunekit.files.names import Names, Place
+from tunekit.files.names import Place
+from tunekit.files.opened import NewFile, Opened
 from tunekit.files.report import Report, Row
 from tunekit.progress import Reporter, Silent
 
@@ -87,14 +88,11 @@ def _drawing(seed: int, name: str) -> Iterator[None]:
 
 def mix(
     adapters: Sequence[tuple[Path, float]],
-    out: Path,
+    new: NewFile,
     way: Way,
     keep: Keep,
     *,
-    layout: str = "kohya",
-    dtype: str | None = "fp16",
     base: str | None = None,
-    overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Report:
     """Write one adapter file that does what several do together, each at its weight.
@@ -103,35 +101,30 @@ def mix(
     keep: how much is left by the others. base: as `sources.find_base`; its weights are needed only
     where an adapter's change depends on them. Raises UserError where the files do not fit one base.
     """
-    output.check_out(out, overwrite)
-    chosen = sources.find_base(base, metadata_of(adapters[0][0]), adapters[0][0])
-    family = sources.outline(chosen)
-    names = Names(family)
-    sources_of = [(AdapterFile(path, names), weight) for path, weight in adapters]
-    mixer = _Mixer(sources_of, way, keep, names, sources.Needed(chosen, family, names))
-    places = [place for place in names.modules if any(place in f.places for f, _ in sources_of)]
+    opened = Opened.by(new, adapters[0][0], base)
+    files = [(opened.file(path), weight) for path, weight in adapters]
+    mixer = _Mixer(files, way, keep, opened)
+    places = [place for place in opened.names.modules if any(place in f.places for f, _ in files)]
     rows: list[Row] = []
     told = ", ".join(f"{path.name} x {weight:g}" for path, weight in adapters)
     done = f"merged by {way.method}: {told}"
-    carried = _common(sources_of)
-    with output.Output(out, layout, names, dtype) as result:
+    with opened.output() as result:
         with (reporter or Silent()).stage("merge", len(places)) as tick:
             for place in places:
                 made = mixer.module(place, rows)
                 if made is not None:
-                    result.refuse(made.kind, frozenset(made.factors), out.name)
+                    result.refuse(made.kind, frozenset(made.factors), new.path.name)
                     result.add(place, made)
                 tick()
-        result.finish(output.described(names, family.facts(), out.stem, carried, done))
-    remarks = [*(r for f, _ in sources_of for r in f.remarks), *result.remarks]
-    return Report(out, done, tuple(rows), tuple(remarks))
+        result.finish(opened.described(_common(files), done))
+    remarks = [*(r for f, _ in files for r in f.remarks), *result.remarks]
+    return Report(new.path, done, tuple(rows), tuple(remarks))
 
 
 def _common(files: Sequence[tuple[AdapterFile, float]]) -> dict[str, str]:
     """Return the metadata that all files agree on; what differs is true of none."""
     first, *others = (file.metadata for file, _ in files)
-    agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
-    return {k: v for k, v in agreed.items() if k not in ("modelspec.title", "ss_output_name")}
+    return {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
 
 
 @dataclass(frozen=True)
@@ -139,8 +132,7 @@ class _Mixer:
     files: Sequence[tuple[AdapterFile, float]]
     way: Way
     keep: Keep
-    names: Names
-    base: sources.Needed
+    opened: Opened
 
     def module(self, place: Place, rows: list[Row]) -> Parts | None:
         """Return what the files together make of a module; None where they cancel out."""
@@ -168,7 +160,7 @@ class _Mixer:
     def _cut(self, place: Place, held: Sequence[tuple[AdapterFile, Parts, float]]) -> Cut | Tensor:
         import torch
 
-        shape = self.names.shape(place)
+        shape = self.opened.names.shape(place)
         if self.way.method in ("concat", "svd") and all(parts.plain for _, parts, _ in held):
             pairs = [parts.pair(shape) for _, parts, _ in held]
             ups = [up * w for (up, _), (*_, w) in zip(pairs, held, strict=True)]
@@ -183,7 +175,7 @@ class _Mixer:
                 "cannot stand beside others: choose --method svd with a rank"
             )
         changes = [
-            file.change(place, parts, self.base.weight(place, parts)) for file, parts, _ in held
+            file.change(place, parts, self.opened.weight(place, parts)) for file, parts, _ in held
         ]
         joined = self.way.joined(changes, [w for *_, w in held], ".".join(place))
         return cut_matrix(joined, self.keep) if len(shape) > 1 else joined

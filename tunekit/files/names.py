@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tunekit.changes.joined import Joint, by_module, by_name
-from tunekit.errors import UserError, did_you_mean
+from tunekit.errors import UserError, did_you_mean, some
 from tunekit.schema import LAYOUTS
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Place = tuple[str, str]
 
 _PEFT = "base_model.model."
 _PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
-_SOME = 12
+SOME = 12  # names that a refusal lists
 
 
 class Names:
@@ -115,7 +115,7 @@ class Names:
     def unknown(self, names: list[str]) -> str:
         """Return the sentence that refuses names which are no modules of the base."""
         near = did_you_mean(names[0], [*self._known, *self._joints])
-        return f"{len(names)} names are no modules of {self.label}: {listed(names)}{near}"
+        return f"{len(names)} names are no modules of {self.label}: {some(names, SOME)}{near}"
 
 
 def _spellings(name: str) -> Iterator[str]:
@@ -128,9 +128,3 @@ def _spellings(name: str) -> Iterator[str]:
         if match[2] == "out":
             yield f"{plain}.0"
         yield match[1] + _PROJECTIONS[match[2]]
-
-
-def listed(names: list[str], most: int = _SOME) -> str:
-    """Return names as a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

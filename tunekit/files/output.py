@@ -41,6 +41,14 @@ _STALE = (
     "tunekit.rank",
     "tunekit.adapter",
 )
+# Of one adapter: who it is, and how it was trained. Another one that is made of it has its own.
+_OWN = (
+    "modelspec.title",
+    "modelspec.date",
+    "modelspec.thumbnail",
+    "ss_output_name",
+    "tunekit.recipe",
+)
 _FACTORS = {
     "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight"},
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
@@ -286,6 +294,11 @@ def described(
     note = f"{done} (tunekit {tunekit.__version__})"
     said["tunekit.made_by"] = f"{before}; {note}" if before else note
     return {key: text for key, text in said.items() if text}
+
+
+def of_another(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what an adapter's metadata says that is true of another one made of it as well."""
+    return {key: text for key, text in metadata.items() if key not in _OWN}
 
 
 def check_options(layout: str, dtype: str | None) -> None:

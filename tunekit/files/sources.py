@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from tunekit import families, hub
 from tunekit.adapters.base import match_modules
 from tunekit.errors import UserError, did_you_mean
-from tunekit.files.adapter import Parts, like
 from tunekit.files.names import Names, Place
 from tunekit.files.stream import Form, TensorFile
 from tunekit.modelfolder import ModelFolder, names_file
@@ -46,17 +45,21 @@ def find_base(
 ) -> Base:
     """Return the base that is `asked` for, or else the one that the file at `path` names.
 
-    A folder, a Hub id, `toybox`, or one file, which the folder `config` describes. Raises UserError
-    where the file names none that can be found.
+    A folder, a Hub id, `toybox`, or one file, which the folder `config` describes. What a file says
+    brings nothing from the Hub, since anybody may have written it: then, and where it names nothing
+    that is here, UserError asks for a base.
     """
     check_config(config, asked)
     if asked is not None:
         return base_called(asked, config)
     named = next((metadata[key] for key in _SAID if metadata.get(key)), None)
-    if named is not None and (
-        named == BUNDLED or Path(named).expanduser().is_dir() or hub.means_id(named)
-    ):
+    if named is not None and (named == BUNDLED or hub.as_path(named).is_dir()):
         return Base(model=named)
+    if named is not None and hub.means_id(named):
+        raise UserError(
+            f"{path}: says it is for {named}, and what a file says of itself brings nothing from "
+            f"the Hub: --base {named} does, or name a folder of the same kind (or toybox)"
+        )
     made_for = next((metadata[key] for key in _MADE_FOR if metadata.get(key)), None)
     said = [f'is made for "{named}", which is no folder here'] if named else []
     said += [f"says it is for {made_for}"] if made_for else []
@@ -216,22 +219,6 @@ class Weights:
 
 def _stem(text: bool) -> str:
     return f"{'model' if text else 'diffusion_pytorch_model'}.safetensors"
-
-
-class Needed:
-    """A base's weights for changes that depend on them, opened when the first one does."""
-
-    def __init__(self, base: Base, family: Family, names: Names) -> None:
-        self._args = base, family, names
-        self._weights: Weights | None = None
-
-    def weight(self, place: Place, parts: Parts) -> Tensor:
-        """Return what the change of `parts` is reckoned on: the weight, or its shape alone."""
-        if not parts.needs_weight:
-            return like(self._args[2], place)
-        if self._weights is None:
-            self._weights = Weights(*self._args)
-        return self._weights.read(place)
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
