@@ -13,6 +13,13 @@ class UserError(ValueError):
     """
 
 
+def some(names: Iterable[object], most: int = 3) -> str:
+    """Return the first of some names, parted by commas, and how many more there are."""
+    known = [str(name) for name in names]
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the nearest of `known`; ``''`` where none is near."""
     by_lower = {name.lower(): name for name in known}
