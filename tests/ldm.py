@@ -15,6 +15,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tunekit import families
+from tunekit.schema import Base
+
 Names = Iterator[tuple[str, str]]  # of a module: in diffusers, in ldm
 
 _UNET_RESNET = {
@@ -80,6 +83,30 @@ def single_file_xl(folder: Path, path: Path, marks: tuple[str, ...] = ()) -> Pat
         **{name: torch.empty(0) for name in marks},
     }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def single_file_flow(folder: Path, path: Path, alone: bool = False) -> Path:
+    """Write a transformer's base in `folder` to one file at `path`, as ComfyUI's users have them.
+
+    alone: the transformer without a prefix, and nothing else, as it was first released.
+    """
+    family: Any = families.load(Base(model=str(folder)))
+    denoiser = family.denoiser.state_dict()
+    tensors = {}
+    for theirs, pieces in family.file_table("transformer", family.denoiser).items():
+        rows = torch.cat([denoiser[p.module][p.first : p.last] for p in pieces])
+        tensors[theirs if alone else f"model.diffusion_model.{theirs}"] = rows
+    if not alone:
+        tensors |= _named("first_stage_model.", family.vae, _vae(family.vae))
+        for name, encoder in family.text_encoders.items():
+            clip = "clip_g" if name == "text_encoder_2" else "clip_l"
+            kind = "t5xxl" if "T5" in type(encoder).__name__ else clip
+            for key, tensor in encoder.state_dict().items():
+                level = "" if kind == "t5xxl" or key.startswith("text_") else "text_model."
+                tensors[f"text_encoders.{kind}.transformer.{level}{key}"] = tensor
+    tied = "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"
+    save_file({n: t.contiguous().clone() for n, t in tensors.items() if n != tied}, path)
     return path
 
 

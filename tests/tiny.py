@@ -387,8 +387,8 @@ class Tiny:
     `aim` does. denoiser: its place in the pipeline; recorded: (args, kwargs, output) of its call ->
     noisy latents [B, C, h, w], timestep, prediction. by_heart: keys of `train` by which one picture
     is learned. steps: how many -> the arguments of the pipeline's call for whole timesteps.
-    schedulers: names that it draws with; None: all. words: whether it learns new ones.
-    negative: whether a negative prompt guides it. layouts: those a LoRA is written in.
+    schedulers: names that it draws with; None: all. words: whether plain diffusers reads files of
+    new ones. negative: whether a negative prompt guides it.
     """
 
     build: Callable[..., Path]
@@ -409,7 +409,6 @@ class Tiny:
     schedulers: frozenset[str] | None = None
     words: bool = True
     negative: bool = True
-    layouts: tuple[str, ...] = ("diffusers", "kohya")
 
 
 _PREDICTIONS: Mapping[str, dict[str, Any]] = {
@@ -419,8 +418,6 @@ _PREDICTIONS: Mapping[str, dict[str, Any]] = {
 }
 _OF_FLOWS: Mapping[str, Any] = {
     "schedulers": frozenset({"euler", "FlowMatchEulerDiscreteScheduler"}),
-    "words": False,
-    "layouts": ("diffusers", "kohya"),
     "by_heart": {
         "steps": 450,
         "batch_size": 1,
@@ -441,6 +438,7 @@ FAMILIES: dict[str, Tiny] = {
         denoiser="transformer",
         recorded=sd3_call,
         steps=by_sigmas,
+        words=False,
         **_OF_FLOWS,
     ),
     "flux": Tiny(

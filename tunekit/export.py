@@ -210,11 +210,15 @@ class _Work:
             bytes=path.stat().st_size,
             sha256=sha256(path),
             parity=parity,
-            diffusers=layout != BUNDLE
-            and read_by_diffusers(tensors, kohya=self.family.kohya_by_diffusers),
+            diffusers=self._by_diffusers(layout, tensors),
             word=word,
             plain=self._plain(),
         )
+
+    def _by_diffusers(self, layout: str, tensors: Mapping[str, Tensor]) -> bool:
+        if layout in (WORDS, BUNDLE):
+            return layout == WORDS and hasattr(self.family.pipeline(), "load_textual_inversion")
+        return read_by_diffusers(tensors, kohya=self.family.kohya_by_diffusers)
 
     def _plain(self) -> modelcard.Plain:
         pipeline = self.family.pipeline()

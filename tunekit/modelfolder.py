@@ -237,9 +237,15 @@ class ModelFolder:
                 where = self.label if self.weights is None else self.path
                 raise UserError(f"{where}: has no folder {component}; the model is incomplete")
         for component in weighted if self.weights is None else ():
-            self._check_weights(component, kind)
+            self.check_weights(component, kind)
 
-    def _check_weights(self, component: str, kind: str) -> None:
+    def has_weights(self, component: str) -> bool:
+        """Say whether the folder holds files of weights for a component, of whatever kind."""
+        inside = self.path / component
+        return any(file.suffix in (".safetensors", *PICKLES) for file in inside.iterdir())
+
+    def check_weights(self, component: str, kind: str = "") -> None:
+        """Raise UserError where a component has no whole safetensors of a kind, such as ".fp16"."""
         files = sorted(p.name for p in (self.path / component).iterdir())
         safe = [f for f in files if f.endswith(".safetensors")]
         part = r"(-\d+-of-\d+)?"  # large models are saved in parts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from tunekit.changes.joined import Piece
+
 _DENOISER = "model.diffusion_model."
+# Files of a transformer alone have no such prefix.
+_BARE = re.compile(r"(double|joint)_blocks\.\d+\.")
 _AVERAGED = "model_ema."
 # The tensors of each component; those of OpenCLIP that diffusers leaves out are not counted.
 _HELD = {
@@ -30,6 +34,8 @@ _HELD = {
     r"|cond_stage_model\.model\.(?!logit_scale$|text_projection$|transformer\.resblocks\.23\.)",
     "text_encoder_2": r"conditioner\.embedders\.1\.model\.(?!logit_scale$)",
 }
+# What some files hold beside a text encoder, and no model reads.
+_UNREAD = (".position_ids", ".logit_scale", ".text_projection.weight", ".embed_tokens.weight")
 _FUSED = ("in_proj_weight", "in_proj_bias")  # OpenCLIP: three of ours in one
 # What checkpoints that predict a velocity, or start from pure noise, carry to say so.
 _MARKS = {"v_pred": "prediction", "ztsnr": "zero_terminal_snr"}
@@ -42,7 +48,7 @@ def check(path: Path) -> bool:
     a pickle, a damaged file, or one that is no base.
     """
     names = tensor_names(path)
-    if not any(name.startswith(_DENOISER) for name in names):
+    if not any(name.startswith(_DENOISER) or _BARE.match(name) for name in names):
         held = f"such as {names[0]}" if names else "none at all"
         raise UserError(
             f"{path}: is no base in the original naming: it has no tensors {_DENOISER}*, "
@@ -120,6 +126,92 @@ def load(
             f"{used}; set {key} to the one that belongs here"
         )
     return module
+
+
+def holds(path: Path, what: str | Mapping[str, object]) -> bool:
+    """Say whether a file has any tensor of a component: told by its name, or by its tensors'."""
+    names = tensor_names(path)
+    if isinstance(what, str):
+        return any(re.match(_HELD[what], name) for name in names)
+    return any(name.removeprefix(_DENOISER) in what for name in names)
+
+
+def load_rows(
+    module: nn.Module,
+    table: Mapping[str, Sequence[Piece]],
+    path: Path,
+    configs: Path,
+    name: str,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Return `module`, which has no weights yet, with those of the file, read one by one.
+
+    table: the file's tensor -> of which of the module's tensors, and which of their rows, it has
+    the rows, in order. Raises UserError as `load`.
+    """
+    import torch
+
+    outline = module.state_dict()
+    kept = getattr(module, "_keep_in_fp32_modules", None) or []
+    wide = {n for n in outline if dtype == torch.float16 and set(kept) & set(n.split("."))}
+    state: dict[str, torch.Tensor] = {}
+    with _opened(path) as file:
+        held = _named(path, list(file.keys()), table, configs / name)
+        for theirs, pieces in table.items():
+            whole, start = file.get_tensor(held[theirs]), 0
+            if len(whole) != sum(piece.last - piece.first for piece in pieces):
+                raise _another(path, name, configs, theirs, whole)
+            for piece in pieces:
+                ours, like = piece.module, outline[piece.module]
+                rows = whole[start : start + piece.last - piece.first]
+                start += len(rows)
+                if rows.shape[1:] != like.shape[1:]:
+                    raise _another(path, name, configs, theirs, whole)
+                kind = torch.float32 if ours in wide else dtype
+                state.setdefault(ours, torch.empty(like.shape, dtype=kind))
+                state[ours][piece.first : piece.last] = rows
+    module.load_state_dict(state, strict=False, assign=True)
+    tie: Any = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise _incomplete(path, name, configs, "base.config")
+    return module
+
+
+def _named(
+    path: Path, names: list[str], table: Mapping[str, object], configs: Path
+) -> dict[str, str]:
+    """Return {name in the table: name in the file}; UserError where they do not belong together."""
+    held = {name.removeprefix(_DENOISER): name for name in names}
+    tops = {_top(name) for name in table}
+    strange = sorted(
+        n for n in held.keys() - table.keys() if _top(n) in tops and not n.endswith(_UNREAD)
+    )
+    if strange:
+        raise UserError(
+            f"{path}: {configs} has no place for {len(strange)} of its weights, such as "
+            f"{strange[0]}; set base.config to the one that belongs here"
+        )
+    if missing := sorted(table.keys() - held.keys()):
+        raise UserError(
+            f"{path}: lacks {len(missing)} of the weights that {configs} describes, such as "
+            f"{missing[0]}; the file is incomplete, or base.config is of another model"
+        )
+    return held
+
+
+def _top(name: str) -> str:
+    """Return what tells a component's tensors from those of others."""
+    part = re.match(r"text_encoders\.[^.]+\.|[^.]+", name)
+    return part[0] if part else name
+
+
+def _another(path: Path, name: str, configs: Path, tensor: str, found: torch.Tensor) -> UserError:
+    return UserError(
+        f"{path}: its {name} cannot be loaded as {configs / name} describes it: {tensor} is "
+        f"{list(found.shape)}; is base.config that of this model?"
+    )
 
 
 def _incomplete(path: Path, name: str, configs: Path, key: str) -> UserError:

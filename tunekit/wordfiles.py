@@ -77,7 +77,7 @@ def _load(
     # transformers draws numbers for the rows that diffusers then writes.
     with undisturbed(family), torch.random.fork_rng(devices=[]):
         try:
-            family.pipeline().load_textual_inversion(
+            _loader(family).load_textual_inversion(
                 str(path) if path is not None else {word: rows},
                 token=word,
                 tokenizer=tokenizer,
@@ -113,6 +113,17 @@ def _load(
 
     changes: dict[str, Callable[[], Tensor]] = {f"{encoder}/{word}": change}
     return Loaded(1, changes, partial(_rounding, rows.numel()), set_scale, remove)
+
+
+def _loader(family: Family) -> Any:
+    """Return the family's pipeline, with diffusers' loader of words where it is without one."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    pipeline = family.pipeline()
+    if not isinstance(pipeline, TextualInversionLoaderMixin):
+        kinds = (TextualInversionLoaderMixin, type(pipeline))
+        pipeline.__class__ = type("Loader", kinds, {})
+    return pipeline
 
 
 def _rounding(numbers: int, name: str, floor: float) -> float:

@@ -49,48 +49,35 @@ def sd3(tiny_folder: Folder) -> Family:
 
 
 @pytest.mark.parametrize(
-    ("name", "conversion", "others"),
+    ("name", "conversion"),
     [
-        (
-            "flux",
-            convert_flux_transformer_checkpoint_to_diffusers,
-            ["{0}.norm.query_norm.scale", "{0}.norm.key_norm.scale"],
-        ),
-        (
-            "sd3",
-            convert_sd3_transformer_checkpoint_to_diffusers,
-            ["{0}.ln_q.weight", "{0}.ln_k.weight"],
-        ),
+        ("flux", convert_flux_transformer_checkpoint_to_diffusers),
+        ("sd3", convert_sd3_transformer_checkpoint_to_diffusers),
     ],
 )
 def test_every_row_is_where_diffusers_puts_it(
-    name: str, conversion: Any, others: list[str], request: pytest.FixtureRequest
+    name: str, conversion: Any, request: pytest.FixtureRequest
 ) -> None:
     """Of each weight of a checkpoint in the first release's naming, its rows numbered."""
-    family: Family = request.getfixturevalue(name)
-    checkpoint: dict[str, Tensor] = {"pos_embed": torch.zeros(1, 36, 96)}
+    family: Any = request.getfixturevalue(name)
+    denoiser = family.denoiser
+    checkpoint: dict[str, Tensor] = {}
     for joint in family.joints:
         height = sum(piece.last - piece.first for piece in joint.pieces)
         checkpoint[f"{joint.name}.weight"] = torch.arange(height).float().reshape(-1, 1)
         checkpoint[f"{joint.name}.bias"] = torch.arange(height).float()
-        if joint.name.endswith((".qkv", ".linear1")):
-            around = joint.name.rpartition(".")[0]
-            checkpoint |= {other.format(around): torch.ones(4) for other in others}
-    whole = dict(checkpoint)
-    # diffusers reads the width of the words' projection from it
-    whole["context_embedder.weight"] = checkpoint.get("context_embedder.weight", torch.zeros(1, 1))
-    converted = conversion(dict(whole))
-    seen = 0
+    others = dict(family.others_of_the_first_release(denoiser.config))
+    checkpoint |= {theirs: random(4, seed=n) for n, theirs in enumerate(others)}
+    converted = conversion(dict(checkpoint))
+    wanted = {ours: checkpoint[theirs] for theirs, ours in others.items()}
     for joint in family.joints:
         for module in joint.modules:
             for which in ("weight", "bias"):
                 rows = joint.rows(module, checkpoint[f"{joint.name}.{which}"])
-                assert rows.equal(converted[f"{module}.{which}"]), (joint.name, module, which)
-                seen += 1
-    plain = [key for key in converted if "norm_q" not in key and "norm_k" not in key]
-    assert seen == len(
-        [key for key in plain if "norm_added" not in key and key[-9:] != "pos_embed"]
-    )
+                wanted[f"{module}.{which}"] = rows
+    assert wanted.keys() == converted.keys() == denoiser.state_dict().keys()
+    for key, tensor in wanted.items():
+        assert tensor.equal(converted[key]), key
 
 
 def products(joint: Joint, modules: list[str], rank: int = 2, wide: int = 3) -> Any:

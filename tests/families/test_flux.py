@@ -108,14 +108,6 @@ def test_adapters_change_clip_and_not_t5(load_tiny: Load) -> None:
     assert not {"proj_out", "x_embedder", "context_embedder", "norm_out.linear"} & {*held}
 
 
-def test_new_words_are_refused(tree: Tree, tiny_folder: Folder, tmp_path: Path) -> None:
-    recipe = tree(base={"model": str(tiny_folder("flux"))})
-    recipe["tokens"] = [{"name": "<zorp>", "init": "robot"}]  # type: ignore[assignment]
-    recipe["data"]["trigger"] = "<zorp>"
-    with pytest.raises(UserError, match="is of a family that learns no new words"):
-        tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
-
-
 def test_names_of_modules(load_tiny: Load) -> None:
     family = load_tiny("flux")
     module = "single_transformer_blocks.0.proj_mlp"

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 
 import tunekit
 from tunekit import families
 from tunekit.errors import UserError
 from tunekit.progress import Silent
 from tunekit.recipe import load_recipe
+from tunekit.schema import LAYOUTS
 
 ROOT = Path(__file__).parent.parent.parent
 # Recipe -> the family it is for, and that family's usual resolution.
@@ -92,5 +92,5 @@ def test_its_settings_teach_together(
         *(f"evaluate.{key}={value}" for key, value in judges.items()),
     ]
     run = tunekit.train(path_of(name), small, out=tmp_path / "run", reporter=Silent())
-    assert [file.layout for file in run.files] == list(tiny.FAMILIES[family].layouts)
+    assert [file.layout for file in run.files] == [*LAYOUTS]
     assert not any(file.parity.error > 0.1 for file in run.files)

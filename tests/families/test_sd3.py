@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import tunekit
 from tunekit import adapters, families
@@ -96,14 +96,6 @@ def test_a_run_writes_what_sd_scripts_reads(
     assert tunekit.load(run.folder).draw("a zorp robot", seed=1).size == (32, 32)
 
 
-def test_new_words_are_refused(tree: Tree, tiny_folder: Folder, tmp_path: Path) -> None:
-    recipe = tree(base={"model": str(tiny_folder("sd3"))})
-    recipe["tokens"] = [{"name": "<zorp>", "init": "robot"}]  # type: ignore[assignment]
-    recipe["data"]["trigger"] = "<zorp>"
-    with pytest.raises(UserError, match="is of a family that learns no new words"):
-        tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
-
-
 def test_larger_pictures_than_it_has_places_for_are_refused(load_tiny: Load) -> None:
     family = load_tiny("sd3")
     with pytest.raises(UserError, match=r"data\.resolution: .* up to 48 pixels an edge"):
@@ -184,9 +176,3 @@ class TestRefusals:
     def test_keys_for_diffusion(self, folder: Path) -> None:
         assert "base.prediction: means nothing to" in refusal(folder, prediction="epsilon")
         assert "base.zero_terminal_snr: means" in refusal(folder, zero_terminal_snr=True)
-
-    def test_one_file(self, folder: Path, tmp_path: Path) -> None:
-        file = tmp_path / "one.safetensors"
-        save_file({"model.diffusion_model.x_embedder.proj.weight": torch.ones(2)}, file)
-        line = refusal(file, config=str(folder))
-        assert "is one file, and a base of this family is read from a diffusers folder" in line

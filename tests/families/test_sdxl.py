@@ -221,6 +221,28 @@ def test_presets_leave_out_layers_that_nobody_reads(tiny_folder: Folder) -> None
     assert layers(tiny_folder("sd"), "text_encoder", clip_skip=1) == {"0"}
 
 
+def test_an_autoencoder_with_a_middle_and_spread_of_each_channel(load_tiny: Load) -> None:
+    """What the pipeline decodes, encoded as for training, is what it had drawn."""
+    family = load_tiny("sdxl")
+    vae: Any = family.vae
+    plain = family.encode_image(torch.zeros(1, 3, 32, 32))
+    vae.register_to_config(latents_mean=[0.5, -1.0, 2.0, 0.0], latents_std=[0.5, 2.0, 1.0, 3.0])
+    decoded: list[torch.Tensor] = []
+    decode = vae.decode
+    vae.decode = lambda latents, **rest: decoded.append(latents) or decode(latents, **rest)
+    pipeline = family.pipeline()
+    how = {"num_inference_steps": 1, "height": 32, "width": 32, "guidance_scale": 1.0}
+    how["generator"] = torch.Generator().manual_seed(0)
+    drawn: list[torch.Tensor] = []
+    pipeline(
+        PROMPT,
+        **how,
+        callback_on_step_end=lambda *told: drawn.append(told[3]["latents"].clone()) or {},
+    )
+    torch.testing.assert_close(family.scaled(decoded[0]), drawn[0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(family.encode_image(torch.zeros(1, 3, 32, 32)), plain)
+
+
 class TestNames:
     def test_kohya_s_are_those_of_ldm(self, real: Family) -> None:
         """As sd-scripts and ComfyUI look for them."""

@@ -9,15 +9,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tunekit.changes.joined import Joint, Piece
 from tunekit.errors import UserError
 from tunekit.families._latent import Latent
+from tunekit.families._parts import TIED
 from tunekit.modelfolder import ModelFolder, loading
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from tunekit.changes.joined import Joint
     from tunekit.diffusion import FlowSchedule
     from tunekit.schema import Base
 
@@ -32,15 +33,17 @@ POOLED = "pooled_projections"
 class Flow(Latent):
     """A transformer that predicts the velocity of a rectified flow, over latents of 16 channels.
 
-    Prompts go through CLIP and T5; adapters may change the CLIPs alone, because no client reads a
-    file for T5.
+    Prompts go through CLIP and T5; adapters and new words may change the CLIPs alone, because no
+    client reads a file for T5. T5 reads a new word as the letters it is written with.
     """
 
     latent_channels = 16
     size_multiple = 16
     denoiser_part = "transformer"
-    learns_words = False
     kohya_by_diffusers = False
+    partial_files = True
+    file_names: ClassVar[Mapping[str, str]]
+    """Text encoder -> what files that hold a whole base call it."""
     text_lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": _TEXT_ATTENTION,
         "attention+mlp": _TEXT_ATTENTION + _TEXT_MLP,
@@ -53,40 +56,66 @@ class Flow(Latent):
     def __init__(self, base: Base, device: torch.device, folder: ModelFolder) -> None:
         self.described = folder.configs[self.denoiser_part]
         super().__init__(base, device, folder)
-        self.joints = tuple(self._joints())
+        self.joints = tuple(self._joints(self.denoiser))
 
+    @classmethod
     @abstractmethod
-    def layers_of_the_first_release(self) -> Iterator[tuple[str, Sequence[str]]]:
-        """Yield what the first release calls a layer, and ours whose rows it holds, in order."""
+    def layers_of_the_first_release(cls, config: Any) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield what the first release calls a layer, and ours whose rows it holds, in order.
 
-    def turned(self, layer: str) -> bool:
+        config: the denoiser's.
+        """
+
+    @classmethod
+    @abstractmethod
+    def others_of_the_first_release(cls, config: Any) -> Iterator[tuple[str, str]]:
+        """Yield what the first release calls a tensor that is of no layer, and what we do."""
+
+    @classmethod
+    def turned(cls, layer: str, config: Any) -> bool:
         """Say whether the first release's layer shifts before it scales, where ours scales first.
 
         Their halves then stand the other way round.
         """
         return layer == "final_layer.adaLN_modulation.1"
 
-    def _joints(self) -> Iterator[Joint]:
-        from tunekit.changes.joined import Joint, Piece
-
-        for name, modules in self.layers_of_the_first_release():
+    @classmethod
+    def _joints(cls, denoiser: nn.Module) -> Iterator[Joint]:
+        config: Any = denoiser.config
+        for name, modules in cls.layers_of_the_first_release(config):
             pieces: list[Piece] = []
             for module in modules:
-                layer: Any = self.denoiser.get_submodule(module)
+                layer: Any = denoiser.get_submodule(module)
                 rows: int = getattr(layer, "out_features", None) or layer.out_channels
                 half = rows // 2
-                spans = [(half, rows), (0, half)] if self.turned(name) else [(0, rows)]
+                spans = [(half, rows), (0, half)] if cls.turned(name, config) else [(0, rows)]
                 pieces += [Piece(module, first, last) for first, last in spans]
             yield Joint(name, tuple(pieces))
 
-    @classmethod
-    def _read_tokenizers(cls, folder: ModelFolder) -> dict[str, Any]:
-        if folder.weights is not None:
-            raise UserError(
-                f"base.model: {folder.label} is one file, and a base of this family is read from a "
-                "diffusers folder or a Hub id: name one"
-            )
-        return super()._read_tokenizers(folder)
+    def file_table(self, name: str, outline: nn.Module) -> Mapping[str, Sequence[Piece]] | None:
+        if name == self.denoiser_part:
+            return dict(self._of_denoiser(outline))
+        if name not in self.file_names:
+            return None
+        clip = self.kinds[name].startswith("CLIP")
+        top = f"text_encoders.{self.file_names[name]}.transformer."
+        return {
+            f"{top}{_wide(key) if clip else key}": [Piece(key, 0, len(tensor))]
+            for key, tensor in outline.state_dict().items()
+            if key not in TIED
+        }
+
+    def _of_denoiser(self, outline: nn.Module) -> Iterator[tuple[str, Sequence[Piece]]]:
+        state = outline.state_dict()
+        for joint in self._joints(outline):
+            for which in ("weight", "bias"):
+                if f"{joint.modules[0]}.{which}" in state:
+                    yield (
+                        f"{joint.name}.{which}",
+                        [Piece(f"{p.module}.{which}", p.first, p.last) for p in joint.pieces],
+                    )
+        for theirs, ours in self.others_of_the_first_release(outline.config):
+            yield theirs, [Piece(ours, 0, len(state[ours]))]
 
     def read_schedule(self) -> FlowSchedule:
         """Return the levels of noise that the scheduler's configuration has, with its own shift.
@@ -135,15 +164,9 @@ class Flow(Latent):
         }
 
     def client_name(self, layout: str, component: str, module: str) -> str:
-        name = module
-        if component == "denoiser":
-            folder = self.denoiser_part
-        else:
-            folder = component
-            # transformers 5 dropped this level from CLIPTextModel; every client still looks for it.
-            top = ("text_model.", "text_projection")
-            if self.kinds[component].startswith("CLIP") and not module.startswith(top):
-                name = f"text_model.{module}"
+        folder = self.denoiser_part if component == "denoiser" else component
+        clip = component != "denoiser" and self.kinds[component].startswith("CLIP")
+        name = _wide(module) if clip else module
         if layout == "diffusers":
             return f"{folder}.{name}"
         if layout == "kohya":
@@ -155,3 +178,11 @@ class Flow(Latent):
             clips = [*self.tokenizer_kinds].index(component) + 1
             return f"lora_te{3 if component not in self.teachable else clips}_{under}"
         raise UserError(f'export.layouts: {self.label} is not written as "{layout}"')
+
+
+def _wide(name: str) -> str:
+    """Return the name in a CLIP that the wider world knows.
+
+    transformers 5 dropped a level from CLIPTextModel; every client still looks for it.
+    """
+    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"

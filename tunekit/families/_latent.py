@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from tunekit.changes.joined import Piece
     from tunekit.diffusion import Schedule
     from tunekit.schema import Base
 
@@ -44,8 +45,8 @@ class Latent(Family):
     """How many tokens a text encoder is given that would take any number of them, such as T5."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Text encoders that a base of this family may lack."""
-    learns_words: ClassVar[bool] = True
-    """Whether new words can be put beside the vocabularies and into files that clients read."""
+    partial_files: ClassVar[bool] = False
+    """Whether a base in one file may lack components, which are then read from `base.config`."""
     denoiser_part: ClassVar[str] = "unet"
     """The denoiser's diffusers name."""
     clip_back: ClassVar[int | None] = None
@@ -61,7 +62,9 @@ class Latent(Family):
         self._tokenizers = self._read_tokenizers(folder)
         self.scheduler: Any = scheduler(folder, self.scheduler_settings(base, folder))
         self.schedule = self.read_schedule()
-        self._parts = Parts(folder, kinds, base, device, self.denoiser_part)
+        self._parts = Parts(
+            folder, kinds, base, device, self.denoiser_part, self.file_table, self.partial_files
+        )
         self.components()
         self._other_vae = base.vae
         if base.vae is not None:
@@ -104,6 +107,13 @@ class Latent(Family):
         blocks = folder.configs["vae"].get("block_out_channels", [64])
         factor: int = 2 ** (len(blocks) - 1)
         return edge * factor
+
+    def file_table(self, name: str, outline: nn.Module) -> Mapping[str, Sequence[Piece]] | None:
+        """Return which rows of a component's tensors each tensor of a whole base in one file holds.
+
+        None: diffusers takes the component out of such a file.
+        """
+        return None
 
     def _check_vae(self, folder: ModelFolder) -> None:
         """Refuse another VAE than the denoiser could read the latents of."""
@@ -156,7 +166,7 @@ class Latent(Family):
             cls.size_multiple,
             cls.resolution(folder),
             lambda prompt: _text.unread(made, prompt),
-            made if cls.learns_words else {},
+            cls.of_words(made),
         )
 
     @classmethod
@@ -216,10 +226,18 @@ class Latent(Family):
             posterior = vae.encode(pixels.to(self.device, dtype)).latent_dist
             if wide:
                 vae.half()
-            # Newer autoencoders also move the latents' middle.
-            middle = posterior.mode().float() - (getattr(vae.config, "shift_factor", None) or 0.0)
-            latents: Tensor = middle * vae.config.scaling_factor
-        return latents
+            return self.scaled(posterior.mode().float())
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Return latents of the autoencoder [B, C, h, w] as the denoiser knows them.
+
+        The pipeline undoes the same before it decodes.
+        """
+        config: Any = self.vae.config
+        # Newer autoencoders also move the latents' middle.
+        middle = getattr(config, "shift_factor", None) or 0.0
+        known: Tensor = (latents - middle) * config.scaling_factor
+        return known
 
     def cut_words(self, prompt: str) -> str:
         return _text.unread(self._tokenizers, prompt)
@@ -236,13 +254,17 @@ class Latent(Family):
                     stacklevel=3,
                 )
 
+    @classmethod
+    def of_words(cls, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the tokenizers that learn new words: CLIP's, which clients have files for."""
+        return {e: one for e, one in tokenizers.items() if cls.kinds[e].startswith("CLIP")}
+
     @property
     def tokenizers(self) -> Mapping[str, Any]:
-        return dict(self._tokenizers) if self.learns_words else {}
+        return self.of_words(self._tokenizers)
 
     def use_tokenizer(self, encoder: str, tokenizer: Any) -> None:
-        assert self.learns_words, self.label
-        assert encoder in self._tokenizers, encoder
+        assert encoder in self.tokenizers, encoder
         self._tokenizers[encoder] = tokenizer
 
     def tokenization(self) -> str:

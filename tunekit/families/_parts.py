@@ -5,33 +5,37 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit import singlefile
 from tunekit.errors import UserError
-from tunekit.modelfolder import ModelFolder, loading, read_json
+from tunekit.modelfolder import ModelFolder, loading, read_json, say
 from tunekit.quantize import quantize
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from tunekit.changes.joined import Piece
     from tunekit.schema import Base
+
+    Table = Callable[[str, nn.Module], Mapping[str, Sequence[Piece]] | None]
 
 # A table of 0, 1, 2, ... that older transformers saved among a text encoder's weights.
 _HARMLESS = ("position_ids",)
 # What a T5 encoder's files hold a second time: one table, tied under two names.
-_TIED = ("encoder.embed_tokens.weight",)
+TIED = ("encoder.embed_tokens.weight",)
 
 
 class Parts:
     """The components of one base, frozen (`requires_grad` False, `eval()`), on one device.
 
     kinds: component -> its class's name in diffusers or transformers. narrow: the component that
-    `base.quantize` is about. On the device "meta" they are built from their configurations alone,
-    and no weight is read, nor anything quantised.
+    `base.quantize` is about. table, partial: as `Latent.file_table` and `partial_files`. On the
+    device "meta" they are built from their configurations alone, and no weight is read, nor
+    anything quantised.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class Parts:
         base: Base,
         device: torch.device,
         narrow: str,
+        table: Table = lambda name, outline: None,
+        partial: bool = False,
     ) -> None:
         self.kinds = dict(kinds)
         self._narrow = {narrow: base.quantize}
         self.device = device
         self.dtype = dtype_of(base)
-        self._folder = folder
+        self._folder, self._table, self._partial = folder, table, partial
         self._variant = base.variant
         self._others = {"vae": Path(base.vae).expanduser()} if base.vae is not None else {}
         self._loaded: dict[str, nn.Module] = {}
@@ -86,8 +92,25 @@ class Parts:
         if self.device.type == "meta":
             return _outlined(kind, folder, name).to(self.dtype)
         if folder.weights is not None:
-            return singlefile.load(kind, folder.weights, folder.path, name, self.dtype)
+            return self._from_file(kind, folder, folder.weights, name)
         return _from_folder(kind, folder, name, self.dtype, self._variant)
+
+    def _from_file(self, kind: Any, folder: ModelFolder, path: Path, name: str) -> nn.Module:
+        """Return a component of a base that is one file; what it lacks is read from the folder."""
+        outline = _outlined(kind, folder, name, buffers=False)
+        table = self._table(name, outline)
+        if self._partial and not singlefile.holds(path, name if table is None else table):
+            if not folder.has_weights(name):
+                raise UserError(
+                    f"{path}: holds no weights of {name}, and {folder.path} has none: name a "
+                    "diffusers folder that has its weights as base.config"
+                )
+            say(f"{folder.label}: holds no {name}; that of {folder.path} is taken")
+            folder.check_weights(name)
+            return _from_folder(kind, folder, name, self.dtype, None)
+        if table is None:
+            return singlefile.load(kind, path, folder.path, name, self.dtype)
+        return singlefile.load_rows(outline, table, path, folder.path, name, self.dtype)
 
     def _read_other(self, kind: Any, name: str) -> nn.Module:
         """Return the component that the recipe puts in the place of the base's own."""
@@ -141,12 +164,17 @@ def class_of(name: str) -> Any:
     raise AssertionError(f"neither diffusers nor transformers has {name}")
 
 
-def _outlined(kind: Any, folder: ModelFolder, name: str) -> nn.Module:
-    """Return a component without weights: names, shapes and configuration."""
+def _outlined(kind: Any, folder: ModelFolder, name: str, buffers: bool = True) -> nn.Module:
+    """Return a component without weights: names, shapes and configuration.
+
+    buffers: whether tables that no file holds are left out as well.
+    """
     import torch
+    from accelerate import init_empty_weights
 
     config = dict(folder.configs.get(name, {}))
-    with loading(str(folder.path / name)), quiet(), torch.device("meta"):
+    empty = torch.device("meta") if buffers else init_empty_weights(include_buffers=False)
+    with loading(str(folder.path / name)), quiet(), empty:
         if hasattr(kind, "from_config"):  # diffusers
             module: nn.Module = kind.from_config(config)
         else:
@@ -174,7 +202,7 @@ def _from_folder(
     with loading(str(folder.path / place)), quiet():
         module, report = kind.from_pretrained(folder.path, output_loading_info=True, **what)
     # The libraries fill a missing weight with random numbers and go on.
-    if missing := sorted(set(report["missing_keys"]) - set(_TIED)):
+    if missing := sorted(set(report["missing_keys"]) - set(TIED)):
         raise UserError(
             f"{folder.path / place}: {len(missing)} weights are missing, such as {missing[0]}; "
             "the folder is incomplete or was saved under names this version does not read"

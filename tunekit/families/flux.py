@@ -81,6 +81,8 @@ class Flux(Flow):
         _T5: "T5TokenizerFast",
     }
     reads: ClassVar[Mapping[str, int]] = {_T5: 512}
+    file_names: ClassVar[Mapping[str, str]] = {_CLIP: "clip_l", _T5: "t5xxl"}
+    embedding_keys: ClassVar[Mapping[str, str]] = {_CLIP: "clip_l"}
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,
         "attention+mlp": _ATTENTION + _MLP,
@@ -114,23 +116,28 @@ class Flux(Flow):
         edge: int = folder.configs["vae"].get("sample_size") or 1024
         return edge
 
-    def layers_of_the_first_release(self) -> Iterator[tuple[str, Sequence[str]]]:
-        config: Any = self.denoiser.config
-        blocks = (
-            ("double", config.num_layers, _DOUBLE),
-            ("single", config.num_single_layers, _SINGLE),
-        )
-        for kind, count, layers in blocks:
-            ours = "transformer_blocks" if kind == "double" else "single_transformer_blocks"
-            for number in range(count):
-                for name, modules in layers.items():
-                    yield (
-                        f"{kind}_blocks.{number}.{name}",
-                        [f"{ours}.{number}.{m}" for m in modules],
-                    )
+    @classmethod
+    def layers_of_the_first_release(cls, config: Any) -> Iterator[tuple[str, Sequence[str]]]:
+        for theirs, ours in _blocks("double", config.num_layers):
+            for name, modules in _DOUBLE.items():
+                yield f"{theirs}.{name}", [f"{ours}.{module}" for module in modules]
+        for theirs, ours in _blocks("single", config.num_single_layers):
+            for name, modules in _SINGLE.items():
+                yield f"{theirs}.{name}", [f"{ours}.{module}" for module in modules]
         yield from _AROUND.items()
         if config.guidance_embeds:
             yield from _GUIDANCE_IN.items()
+
+    @classmethod
+    def others_of_the_first_release(cls, config: Any) -> Iterator[tuple[str, str]]:
+        blocks = [*_blocks("double", config.num_layers)]
+        places = [(f"{t}.img_attn", f"{o}.attn.norm_") for t, o in blocks]
+        places += [(f"{t}.txt_attn", f"{o}.attn.norm_added_") for t, o in blocks]
+        blocks = [*_blocks("single", config.num_single_layers)]
+        places += [(theirs, f"{ours}.attn.norm_") for theirs, ours in blocks]
+        for theirs, ours in places:
+            yield f"{theirs}.norm.query_norm.scale", f"{ours}q.weight"
+            yield f"{theirs}.norm.key_norm.scale", f"{ours}k.weight"
 
     def shifts(self) -> Callable[[int], float] | None:
         """Return latent cells -> e^mu, mu straight from patches, as the pipeline reckons it."""
@@ -153,7 +160,8 @@ class Flux(Flow):
         ids = _text.tokens(tokenizers[_CLIP], prompts).input_ids.to(self.device)
         pooled = encoders[_CLIP](ids).pooler_output
         # Without the mask: what fills up the length is read as well, as the base was trained.
-        ids = _text.tokens(tokenizers[_T5], prompts).input_ids.to(self.device)
+        spelled = [self.spell(prompt) for prompt in prompts]
+        ids = _text.tokens(tokenizers[_T5], spelled).input_ids.to(self.device)
         return {HIDDEN: encoders[_T5](ids)[0].to(self.dtype), POOLED: pooled}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -193,7 +201,7 @@ class Flux(Flow):
                 f"negative_prompt: {self.label} is guided without a second prompt and would never "
                 "see it: leave it out"
             )
-        return {"prompt": prompt, "guidance_scale": guidance_scale}
+        return {"prompt": self.spell(prompt), "guidance_scale": guidance_scale}
 
     def pipeline(self, scheduler: str | None = None) -> Any:
         from diffusers import FluxPipeline
@@ -219,6 +227,13 @@ class Flux(Flow):
             "ss_v2": "False",
             **self.base_facts(),
         }
+
+
+def _blocks(kind: str, count: int) -> Iterator[tuple[str, str]]:
+    """Yield what the first release calls each block of a kind, and what we do."""
+    ours = "transformer_blocks" if kind == "double" else f"{kind}_transformer_blocks"
+    for number in range(count):
+        yield f"{kind}_blocks.{number}", f"{ours}.{number}"
 
 
 def pack(latents: Tensor) -> Tensor:

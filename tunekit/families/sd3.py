@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tunekit import words
 from tunekit.errors import UserError
 from tunekit.families import _text
 from tunekit.families._flow import HIDDEN, POOLED, Flow
@@ -90,8 +91,17 @@ class StableDiffusion3(Flow):
         _T5: "T5TokenizerFast",
     }
     reads: ClassVar[Mapping[str, int]] = {_T5: _T5_READS}
+    file_names: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "clip_l",
+        "text_encoder_2": "clip_g",
+        _T5: "t5xxl",
+    }
     optional = frozenset({_T5})
     clip_back = 1
+    embedding_keys: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "clip_l",
+        "text_encoder_2": "clip_g",
+    }
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (*_ATTENTION, _WORDS_ASK),
         "attention+mlp": (*_ATTENTION, _WORDS_ASK, *_MLP),
@@ -128,22 +138,34 @@ class StableDiffusion3(Flow):
             for name, patterns in self.lora_presets.items()
         }
 
-    def layers_of_the_first_release(self) -> Iterator[tuple[str, Sequence[str]]]:
-        config: Any = self.denoiser.config
+    @classmethod
+    def layers_of_the_first_release(cls, config: Any) -> Iterator[tuple[str, Sequence[str]]]:
         for number in range(config.num_layers):
             held = {**_BLOCK, **(_BEFORE_LAST if number < config.num_layers - 1 else {})}
             held |= _TWICE if number in config.dual_attention_layers else {}
+            ours = f"transformer_blocks.{number}"
             for name, modules in held.items():
-                yield (
-                    f"joint_blocks.{number}.{name}",
-                    [f"transformer_blocks.{number}.{m}" for m in modules],
-                )
+                yield f"joint_blocks.{number}.{name}", [f"{ours}.{module}" for module in modules]
         yield from _AROUND.items()
 
-    def turned(self, layer: str) -> bool:
+    @classmethod
+    def others_of_the_first_release(cls, config: Any) -> Iterator[tuple[str, str]]:
+        yield "pos_embed", "pos_embed.pos_embed"
+        for number in range(config.num_layers) if config.qk_norm else ():
+            norms = {"x_block.attn": "attn.norm_", "context_block.attn": "attn.norm_added_"}
+            norms |= (
+                {"x_block.attn2": "attn2.norm_"} if number in config.dual_attention_layers else {}
+            )
+            for theirs, ours in norms.items():
+                for what in ("q", "k"):
+                    name = f"joint_blocks.{number}.{theirs}.ln_{what}.weight"
+                    yield name, f"transformer_blocks.{number}.{ours}{what}.weight"
+
+    @classmethod
+    def turned(cls, layer: str, config: Any) -> bool:
         # The last block drops the words, and moves them before as the last layer does the picture.
-        last = f"joint_blocks.{self.described.get('num_layers', 18) - 1}"
-        return super().turned(layer) or layer == f"{last}.context_block.adaLN_modulation.1"
+        last = f"joint_blocks.{config.num_layers - 1}.context_block.adaLN_modulation.1"
+        return layer == last or super().turned(layer, config)
 
     def right_cells(self) -> int | None:
         cells: int = self.described.get("sample_size", 128) ** 2
@@ -183,7 +205,8 @@ class StableDiffusion3(Flow):
             config: Any = self.denoiser.config
             shape = len(prompts), _T5_READS, config.joint_attention_dim
             return torch.zeros(shape, device=self.device, dtype=self.dtype)
-        tokens = _text.tokens(self._tokenizers[_T5], prompts)
+        spelled = [self.spell(prompt) for prompt in prompts]
+        tokens = _text.tokens(self._tokenizers[_T5], spelled)
         # The base was trained without the mask: what fills up the length is read as well.
         states: Tensor = self.text_encoders[_T5](tokens.input_ids.to(self.device))[0]
         return states.to(self.dtype)
@@ -200,7 +223,14 @@ class StableDiffusion3(Flow):
 
     def drawing(self, prompt: str, negative_prompt: str, guidance_scale: float) -> dict[str, Any]:
         asked = super().drawing(prompt, negative_prompt, guidance_scale)
-        return asked if self.clip_skip is None else {**asked, "clip_skip": self.clip_skip}
+        asked |= {} if self.clip_skip is None else {"clip_skip": self.clip_skip}
+        clip = self._tokenizers["text_encoder"]
+        for key in ("prompt", "negative_prompt"):
+            spelled = asked[key]
+            # This pipeline alone does not know that a word may have several vectors.
+            if spelled and (whole := words.expand(clip, spelled)) != spelled:
+                asked |= {key: whole, f"{key}_2": whole, f"{key}_3": spelled}
+        return asked
 
     def pipeline(self, scheduler: str | None = None) -> Any:
         from diffusers import StableDiffusion3Pipeline

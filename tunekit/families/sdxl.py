@@ -81,6 +81,18 @@ class StableDiffusionXL(UNet):
             return "the refiner of Stable Diffusion XL, which only reworks what its base has drawn"
         return cls.variant_of(unet)
 
+    def scaled(self, latents: Tensor) -> Tensor:
+        import torch
+
+        config: Any = self.vae.config
+        # Some autoencoders say middle and spread of each channel, which this pipeline alone reads.
+        told = [getattr(config, key, None) for key in ("latents_mean", "latents_std")]
+        if None in told:
+            return super().scaled(latents)
+        mean, spread = (torch.tensor(one, device=latents.device).view(1, -1, 1, 1) for one in told)
+        known: Tensor = (latents - mean) / spread * config.scaling_factor
+        return known
+
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         import torch
 
