@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import UserError
+from tunekit.optim.fits import ALIKE, fits, group_of, missing, missing_of_group
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 # Python's numbers are written as tensors that hold them exactly.
 _KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float}
-# What has a number for each of its parameter's, by the names that the optimizers give it.
-_ALIKE = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2", "z"})
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -30,13 +30,20 @@ def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     The names are "tensor/M.I.NAME" for parameter I (counted over the groups) of member M (0, but
     for optimizers made of several), "int/...", "float/..." and "bool/..." for Python's numbers, and
     "group-tensor/M.G.NAME" and so on for those of group G. "shape/M.I" and "kind/M.CLASS" say what
-    it belongs to. Settings, such as the learning rate, are not part of it: the recipe's hold.
+    it belongs to, and "none/M.I" that nothing was learned for a parameter, which no step has moved.
+    Settings, such as the learning rate, are not part of it: the recipe's hold.
     """
+    import torch
+
     found = _belonging(optimizer)
     for member, one in enumerate(members(optimizer)):
         for place, parameter in enumerate(_parameters(one)):
-            for name, value in one.state.get(parameter, {}).items():
+            held = one.state.get(parameter, {})
+            # In one order in every process: those that hold parts gather them one by one.
+            for name, value in sorted(held.items()):
                 _put(found, "", f"{member}.{place}.{name}", value)
+            if not held:
+                found[f"none/{member}.{place}"] = torch.zeros(1, dtype=torch.uint8)
         settings = _settings(one)
         for place, group in enumerate(one.param_groups):
             for name, value in group.items():
@@ -49,7 +56,7 @@ def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> Non
     """Take up what `state_tensors` returned, in an optimizer just built with the same settings.
 
     Raises UserError, before anything is changed, where the state is of another optimizer or of
-    other parameters.
+    other parameters, or a part of it is missing.
     """
     from tunekit.parallel import part_as
 
@@ -62,9 +69,11 @@ def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> Non
         )
     parts = list(members(optimizer))
     parameters = [list(_parameters(one)) for one in parts]
-    for key in state.keys() - said.keys():
-        _refuse_misfit(key, state[key], parts, parameters)
-    for key in state.keys() - said.keys():
+    learned = {k: v for k, v in state.items() if k not in said and not k.startswith("none/")}
+    for key, value in learned.items():
+        _refuse_misfit(key, value, parts, parameters)
+    _refuse_gaps(state, learned, optimizer)
+    for key in learned:
         kind, member, place, name = _parsed(key)
         if kind.startswith("group-"):
             parts[member].param_groups[place][name] = _value(kind, state[key], None)
@@ -72,7 +81,7 @@ def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> Non
         parameter = parameters[member][place]
         device = None if _counts_on_cpu(parts[member], parameter, name) else parameter.device
         value = _value(kind, state[key], device)
-        if name in _ALIKE:
+        if name in ALIKE:
             value = part_as(value, parameter)
         parts[member].state[parameter][name] = value
 
@@ -94,17 +103,42 @@ def _refuse_misfit(
     key: str, value: Tensor, parts: Sequence[Optimizer], parameters: Sequence[Sequence[Tensor]]
 ) -> None:
     """Raise UserError for a tensor under a name that was never written, or of another size."""
-    fits = re.fullmatch(r"(group-)?(tensor|bool|int|float)/\d+\.\d+\..+", key) is not None
-    if fits:
+    right = re.fullmatch(r"(group-)?(tensor|bool|int|float)/\d+\.\d+\..+", key) is not None
+    if right:
         kind, member, place, name = _parsed(key)
         held = [one.param_groups for one in parts] if kind.startswith("group-") else parameters
-        fits = member < len(held) and place < len(held[member])
-        if fits and kind == "tensor" and name in _ALIKE:
-            fits = value.numel() == parameters[member][place].numel()
+        right = member < len(held) and place < len(held[member])
+        if right and kind == "tensor":
+            own = parameters[member][place]
+            right = fits(name, value, own, group_of(parts[member], own))
         elif not kind.endswith("tensor"):
-            fits = fits and value.numel() == 1
-    if not fits:
+            right = right and value.numel() == 1
+    if not right:
         raise UserError(f"the saved optimizer state does not fit: {key} is none of this recipe's")
+
+
+def _refuse_gaps(
+    state: Mapping[str, Tensor], learned: Mapping[str, Tensor], optimizer: Optimizer
+) -> None:
+    """Raise UserError where something is not there that every saved state has."""
+    held: defaultdict[tuple[bool, int, int], dict[str, Tensor]] = defaultdict(dict)
+    for key, value in learned.items():
+        kind, member, place, name = _parsed(key)
+        held[kind.startswith("group-"), member, place][name] = value
+    lacking = [key for key in state_tensors(optimizer) if key[:6] == "group-" and key not in state]
+    for member, one in enumerate(members(optimizer)):
+        place = 0
+        for number, group in enumerate(one.param_groups):
+            stepped = False
+            for parameter in group["params"]:
+                if f"none/{member}.{place}" not in state:
+                    lacking.append(missing(one, place, parameter, held[False, member, place]))
+                    stepped = True
+                place += 1
+            if stepped:
+                lacking.append(missing_of_group(one, number, held[True, member, number]))
+    if said := next(filter(None, lacking), ""):
+        raise UserError(f"the saved optimizer state is not whole: it has no {said}")
 
 
 def _parsed(key: str) -> tuple[str, int, int, str]:
@@ -124,7 +158,7 @@ def _counts_on_cpu(optimizer: Optimizer, parameter: Tensor, name: str) -> bool:
     """Return whether this is one of torch's step counts, which wait on the CPU unless fused."""
     if name != "step":
         return False
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    group = group_of(optimizer, parameter)
     return not (group.get("fused") or group.get("capturable"))
 
 
