@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from tunekit import families
 from tunekit.errors import UserError
-from tunekit.families.base import FLOW_SCHEDULERS, SCHEDULERS, Family, PromptCutWarning
+from tunekit.families.base import Family, PromptCutWarning
+from tunekit.schedulers import FLOW_SCHEDULERS, SCHEDULERS
 from tunekit.schema import Base
 
 Folder = Callable[..., Path]
@@ -130,7 +131,7 @@ class TestContract:
         family = load_tiny(name)
         drawn_with = tiny.FAMILIES[name].schedulers
         if drawn_with is not None and str(scheduler or "euler").lower() not in drawn_with:
-            with pytest.raises(UserError, match=r"for this base.*there is: euler, or a diffusers"):
+            with pytest.raises(UserError, match=r"for this base.*there is: euler, flow_euler, lcm"):
                 family.pipeline(scheduler)
             return
         first, second = family.pipeline(scheduler), family.pipeline(scheduler)

@@ -417,7 +417,7 @@ _PREDICTIONS: Mapping[str, dict[str, Any]] = {
     "zero snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 }
 _OF_FLOWS: Mapping[str, Any] = {
-    "schedulers": frozenset({"euler", "FlowMatchEulerDiscreteScheduler"}),
+    "schedulers": frozenset({"euler", "lcm", "unipc", "FlowMatchEulerDiscreteScheduler"}),
     "by_heart": {
         "steps": 450,
         "batch_size": 1,

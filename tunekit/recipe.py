@@ -14,7 +14,6 @@ from ruamel.yaml import YAML
 
 from tunekit import adapters, families, schema
 from tunekit.errors import UserError, did_you_mean
-from tunekit.families.base import SCHEDULERS
 from tunekit.modelfolder import described_here
 from tunekit.recipe_faults import explain, nested, shown
 from tunekit.recipe_paths import find_paths, sections_at, texts_at
@@ -28,6 +27,7 @@ from tunekit.recipe_source import (
     from_overrides,
 )
 from tunekit.recipe_words import word_faults
+from tunekit.schedulers import NAMES as SCHEDULERS
 
 __all__ = [
     "Fault",

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tunekit.families.base import SCHEDULERS
 from tunekit.recipe import json_schema
+from tunekit.schedulers import NAMES
 from tunekit.schema import PROMPTS
 
 Schema = Mapping[str, Any]
@@ -80,7 +80,7 @@ def _lists(keys: Schema) -> Iterator[str]:
             lines = "\n".join(f"- `{prompt}`" for prompt in prompts)
             yield f"The default `prompts` of kind `{kind}`:\n\n{lines}"
     if "scheduler" in keys:
-        names = ", ".join(f"`{name}`" for name in SCHEDULERS)
+        names = ", ".join(f"`{name}`" for name in NAMES)
         yield f"Names for `scheduler`: {names}, or the name of any diffusers class that fits."
 
 

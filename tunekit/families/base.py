@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from tunekit import words as wordlist
-from tunekit.errors import UserError, did_you_mean
-from tunekit.modelfolder import ModelFolder, loading
+from tunekit.errors import UserError
+from tunekit.modelfolder import ModelFolder
+from tunekit.schedulers import make_scheduler
 
 if TYPE_CHECKING:
     from typing import Self
@@ -32,25 +33,6 @@ __all__ = [
 
 # What a prompt becomes for the denoiser: tensors [B, ...] under keys that the family defines.
 Conditioning: TypeAlias = "dict[str, Tensor]"
-
-# The names people type. Whatever diffusers calls compatible is accepted under its class name too.
-SCHEDULERS: Mapping[str, str] = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
-    "dpm++_2m": "DPMSolverMultistepScheduler",
-    "dpm++_2m_karras": "DPMSolverMultistepScheduler",
-    "dpm++_2s": "DPMSolverSinglestepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-# The same where the base is a flow, whose levels of noise other classes do not know.
-FLOW_SCHEDULERS: Mapping[str, str] = {"euler": "FlowMatchEulerDiscreteScheduler"}
-# Names that stand for a class with settings of its own.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"dpm++_2m_karras": {"use_karras_sigmas": True}}
 
 
 class PromptCutWarning(UserWarning):
@@ -247,8 +229,9 @@ class Family(ABC):
     def pipeline(self, scheduler: str | None = None) -> Any:
         """Return the diffusers pipeline around these same modules.
 
-        `scheduler`: a name of `SCHEDULERS` or a diffusers class name; None: the base's own. Every
-        call returns a scheduler of its own. Raises UserError on an unknown name.
+        `scheduler`: a name of `schedulers.NAMES` or a diffusers class name; None: the base's own.
+        Every call returns a scheduler of its own. Raises UserError on a name that is unknown or
+        cannot follow what the base predicts.
         """
 
     def drawing(self, prompt: str, negative_prompt: str, guidance_scale: float) -> dict[str, Any]:
@@ -311,40 +294,4 @@ def _word_faults(tokenizer: Any, token: Token, class_noun: str) -> Iterator[str]
         yield (
             f'tokens: init of {name}: "{start}" is {len(ids)} words, and {name} has {vectors} '
             "vectors: give it as many, or start at fewer words"
-        )
-
-
-def make_scheduler(default: Any, name: str | None) -> Any:
-    """Return a fresh scheduler with `default`'s configuration: of its class, or the one named."""
-    if name is None:
-        return type(default).from_config(default.config)
-    known = {kind.__name__: kind for kind in [type(default), *default.compatibles]}
-    flow = type(default).__name__ in FLOW_SCHEDULERS.values()
-    named = FLOW_SCHEDULERS if flow else SCHEDULERS
-    kind = known.get(named.get(name.lower(), name))
-    if kind is None:
-        words = [word for word, target in named.items() if target in known]
-        raise UserError(
-            f'there is no scheduler "{name}" for this base{did_you_mean(name, [*words, *known])}; '
-            f"there is: {', '.join(words)}, or a diffusers class name"
-        )
-    options = OPTIONS.get(name.lower(), {})
-    if kind.__name__ == SCHEDULERS["heun"] or options:
-        _refuse_pure_noise(default, name)
-    with loading(f"scheduler: {name}"):  # some need packages of their own
-        return kind.from_config(default.config, **options)
-
-
-def _refuse_pure_noise(default: Any, name: str) -> None:
-    """Refuse schedulers that reckon with the highest noise level where it is next to infinite.
-
-    Heun's method corrects a step by its slope at the end, and Karras et al. 2022 space the levels
-    by their size. Pure noise breaks both: the one draws false colours, the other counts past its
-    last level.
-    """
-    left = getattr(default, "alphas_cumprod", None)
-    if left is not None and float(left[-1]) < 1e-4:
-        raise UserError(
-            f"scheduler: {name} cannot draw with this base, whose noising ends in pure noise; "
-            "ddim, dpm++_2m, euler and unipc can"
         )
