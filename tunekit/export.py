@@ -252,12 +252,13 @@ def write_card(
     described = [(f.path.name, f"{f.what}, {f.dtype}, verified") for f in files]
     words = [(f.word, f.path.name) for f in files if f.word is not None]
     path = files[0].path.parent / CARD
+    readable = all(file.diffusers for file in (files[0], *(f for f in files if f.word is not None)))
     card = modelcard.model_card(
         recipe,
         described,
         resolution,
         scores,
-        files[0].diffusers,
+        readable,
         words=words,
         plain=files[0].plain,
         pictures=shown,

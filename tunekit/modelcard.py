@@ -150,16 +150,16 @@ def model_card(
 
     files: (file name, what it is) in order of recommendation. resolution: edge in pixels.
     scores: what to print in the table of scores, by its name; None where nothing was measured.
-    diffusers: whether diffusers' own loader reads the first file. words: new words, and the files
-    among `files` that hold them. plain: what diffusers needs to be told of the base. pictures:
-    (prompt, file beside the card) of what was drawn with it.
+    diffusers: whether diffusers' own loaders read the first file and those of words. words: new
+    words, and the files among `files` that hold them. plain: what diffusers needs to be told of
+    the base. pictures: (prompt, file beside the card) of what was drawn with it.
     """
     assert files
     plain = plain or Plain()
     base, data = base_name(recipe), recipe.data
     prompt = expand((), data)[0]
     tags = ["text-to-image", "diffusers", "tunekit"]
-    tags += ["lora"] if diffusers and recipe.adapter is not None else []
+    tags += [recipe.adapter.kind] if recipe.adapter is not None else []
     tags += ["textual_inversion"] if words else []
     tags += ["template:sd-lora"] if diffusers and recipe.adapter is not None else []
     front = [
@@ -227,10 +227,10 @@ def _usage(
             "\n\nIn ComfyUI, A1111 and Forge a word's file belongs among the embeddings, and is "
             "called by the file's name, which you may change."
         )
-    if diffusers or recipe.adapter is None:
+    if diffusers:
         return shown
-    method = recipe.adapter.kind
-    return f"{shown}\n\ndiffusers has no loader for {method}; ComfyUI reads the file as it is."
+    what = "new words of this base" if words else recipe.adapter.kind if recipe.adapter else ""
+    return f"{shown}\n\ndiffusers has no loader for {what}; ComfyUI reads the files as they are."
 
 
 def _by_diffusers(

@@ -35,7 +35,14 @@ _HELD = {
     "text_encoder_2": r"conditioner\.embedders\.1\.model\.(?!logit_scale$)",
 }
 # What some files hold beside a text encoder, and no model reads.
-_UNREAD = (".position_ids", ".logit_scale", ".text_projection.weight", ".embed_tokens.weight")
+_UNREAD = (
+    ".position_ids",
+    ".logit_scale",
+    ".text_projection.weight",
+    ".embed_tokens.weight",
+    ".spiece_model",
+)
+_SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale")  # 8 bits, and what to multiply them with
 _FUSED = ("in_proj_weight", "in_proj_bias")  # OpenCLIP: three of ours in one
 # What checkpoints that predict a velocity, or start from pure noise, carry to say so.
 _MARKS = {"v_pred": "prediction", "ztsnr": "zero_terminal_snr"}
@@ -184,6 +191,11 @@ def _named(
 ) -> dict[str, str]:
     """Return {name in the table: name in the file}; UserError where they do not belong together."""
     held = {name.removeprefix(_DENOISER): name for name in names}
+    if scaled := [name for name in names if name.endswith(_SCALED)]:
+        raise UserError(
+            f"{path}: its weights are scaled to 8 bits ({scaled[0]}), which tunekit does not read: "
+            "take the file in bf16 or fp16, and base.quantize to hold it in 8 bits"
+        )
     tops = {_top(name) for name in table}
     strange = sorted(
         n for n in held.keys() - table.keys() if _top(n) in tops and not n.endswith(_UNREAD)
@@ -244,5 +256,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
+    except UserError:
+        raise
     except (SafetensorError, OSError, ValueError, LookupError) as error:
         raise UserError(f"{path}: is damaged: {' '.join(str(error).split())[:300]}") from None

@@ -129,6 +129,22 @@ class TestDoNotBelongTogether:
         name = "model.diffusion_model.final_layer.linear.weight"
         line = refusal(changed(path, lambda t: t.update({name: torch.ones(3, 5)})), configs)
         assert "final_layer.linear.weight is [3, 5]; is base.config that of this model?" in line
+        assert "damaged" not in line
+
+    def test_weights_that_are_scaled_to_8_bits(self, path: Path, configs: Path) -> None:
+        name = "model.diffusion_model.final_layer.linear.scale_weight"
+        line = refusal(changed(path, lambda t: t.update({name: torch.ones(())})), configs)
+        assert f"its weights are scaled to 8 bits ({name})" in line
+
+    def test_plain_8_bits_are_read(self, path: Path, configs: Path) -> None:
+        name = "model.diffusion_model.final_layer.linear.weight"
+        kept: dict[str, torch.Tensor] = {}
+
+        def narrow(tensors: dict[str, Any]) -> None:
+            kept["it"] = tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+        family = load(changed(path, narrow), configs)
+        assert family.denoiser.state_dict()["proj_out.weight"].equal(kept["it"].float())
 
     def test_what_files_hold_beside_is_passed_over(self, path: Path, configs: Path) -> None:
         top = "text_encoders.clip_l."

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tunekit
-from tunekit import adapters, families
+from tunekit import adapters, families, words
 from tunekit.errors import UserError
 from tunekit.families import Family
 from tunekit.inference import DrawSettings, Painter
@@ -94,6 +96,67 @@ def test_a_run_writes_what_sd_scripts_reads(
     else:  # which cannot be joined, and goes by the names that ComfyUI reads
         assert "lora_transformer_transformer_blocks_0_attn_to_q" in names
     assert tunekit.load(run.folder).draw("a zorp robot", seed=1).size == (32, 32)
+
+
+def test_a_word_beside_an_adapter(
+    tree: Tree, tiny_folder: Folder, pictures: Path, tmp_path: Path
+) -> None:
+    """Learned in both CLIPs; what is drawn with the files is what was drawn in training."""
+    recipe = tree(
+        base={"model": str(tiny_folder("sd3"))},
+        train={"steps": 2, "sample_every": 2, "learning_rate": 0.01},
+    )
+    recipe["tokens"] = [{"name": "<zorp>", "vectors": 2, "init": "robot", "learning_rate": 0.1}]  # type: ignore[assignment]
+    for part in ("train", "held_out"):  # without captions, so that they are called by the word
+        (tmp_path / part).mkdir()
+        for picture in (pictures / part).glob("*.png"):
+            shutil.copy(picture, tmp_path / part)
+    recipe["data"] |= {"source": str(tmp_path / "train"), "holdout": str(tmp_path / "held_out")}
+    recipe["data"]["trigger"] = "<zorp>"
+    recipe["export"] = {"dtype": "fp32"}
+    run = tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
+    layouts = {file.layout: file for file in run.files}
+    assert {*layouts} == {"diffusers", "kohya", "words", "bundle"}
+    word = load_file(layouts["words"].path)
+    assert {key: tensor.shape for key, tensor in word.items()} == {
+        "clip_l": (2, 24),
+        "clip_g": (2, 32),
+    }
+    assert not layouts["words"].diffusers
+    card = (run.folder / "export" / "README.md").read_text()
+    assert "diffusers has no loader for new words of this base" in card
+    assert "load_lora_weights" not in card
+    (sample,) = (run.folder / "samples").glob("step-000002_*.png")
+    (drawn,) = (run.folder / "samples").glob("taught_*red*.png")
+    with Image.open(sample) as one, Image.open(drawn) as other:
+        pixels = [np.asarray(picture, dtype=int) for picture in (one, other)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_t5_reads_a_word_as_it_is_written(load_tiny: Load) -> None:
+    family: Any = load_tiny("sd3")
+    for encoder, tokenizer in family.tokenizers.items():
+        words.add(tokenizer, {"<zorp>": 2})
+        family.text_encoders[encoder].resize_token_embeddings(len(tokenizer))
+    seen = []
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        family.text_encoders[name].register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args or [kwargs["input_ids"]])[0]),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        ours = family.encode_prompt(["a <ZORP> robot"])
+    trained, seen[:] = list(seen), []
+    asked = family.drawing("a <ZORP> robot", "", 1.0)
+    asked.pop("guidance_scale")
+    states, _, pooled, _ = family.pipeline().encode_prompt(
+        **{"prompt_2": None, "prompt_3": None} | asked, device="cpu"
+    )
+    assert all(one.equal(other) for one, other in zip(trained, seen[:3], strict=True))
+    torch.testing.assert_close(ours["encoder_hidden_states"], states, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours["pooled_projections"], pooled, atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError):
+        family.use_tokenizer("text_encoder_3", None)
 
 
 def test_larger_pictures_than_it_has_places_for_are_refused(load_tiny: Load) -> None:
