@@ -22,6 +22,9 @@ from tunekit.schema import Base
 from tunekit.suspicions import Looks, Shapes, some, suspicions
 
 _COMPONENT = re.compile(r"^(lora_(?:unet|te\d?|transformer)|[a-z]\w*(?=\.))")
+_TRANSFORMER = re.compile(
+    r"transformer\.|lora_transformer_|diffusion_model\.|lora_unet_(double|single|joint)_blocks_"
+)
 _UNSAID = "not said"
 
 
@@ -210,7 +213,7 @@ def _shapes(file: TensorFile, keys: Sequence[str]) -> Shapes:
 
 def _strange(names: Names, modules: Sequence[str]) -> Iterable[str]:
     """Yield what is named as no module of a base is."""
-    unknown = [name for name in modules if names.find(name) is None]
+    unknown = [n for n in modules if names.find(n) is None and names.joint(n) is None]
     if unknown:
         yield f"no modules of {names.label}: {some(unknown)}"
 
@@ -226,8 +229,10 @@ def _word(found: Embedding) -> WordInfo:
 
 
 def _word_naming(found: Sequence[Embedding]) -> str:
-    several = any(embeddings.ONE not in word.rows for word in found)
-    return "clip_l, clip_g (SDXL)" if several else "one tensor (Stable Diffusion)"
+    keys = dict.fromkeys(key for word in found for key in word.rows)
+    if embeddings.ONE in keys:
+        return "one tensor (Stable Diffusion)"
+    return f"{', '.join(sorted(keys, reverse=True))} (a tensor for each CLIP)"
 
 
 def _suspicious_words(found: Sequence[Embedding]) -> Iterable[str]:
@@ -248,7 +253,7 @@ def _by_shape(shapes: Shapes) -> str | None:
     for name, parts in shapes.items():
         if re.search(r"attn2[._]to_[kv]$", name) and len(parts.get("down", ())) > 1:
             return f"a U-Net over text {parts['down'][1]} wide (told by a shape)"
-    if any(name.startswith(("transformer.", "lora_transformer_")) for name in shapes):
+    if any(_TRANSFORMER.match(name) for name in shapes):
         return "a transformer (told by names)"
     return None
 

@@ -23,6 +23,7 @@ from tunekit.changes.joined import Joint, join, separate
 from tunekit.errors import UserError
 from tunekit.families import Family
 from tunekit.files.convert import convert
+from tunekit.info import describe
 from tunekit.loaded import VerificationError
 from tunekit.schema import Base
 
@@ -161,6 +162,9 @@ def test_a_file_of_sd_scripts_is_drawn_with_and_converted_both_ways(
     tensors, base = trained_by_sd_scripts(sd3), tiny_folder("sd3")
     path = tmp_path / "theirs.safetensors"
     save_file(tensors, path)
+    told = describe(path, str(base))
+    assert told.family == "sd3"
+    assert not told.suspicious, told.suspicious
     there = convert(path, "diffusers", base=str(base))
     assert max(there.there, there.back) < 1e-12
     back = load_file(convert(there.path, "kohya", base=str(base)).path)
