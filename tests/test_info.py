@@ -205,12 +205,29 @@ class TestSuspicious:
         json.dumps(info.as_dict(), allow_nan=False)
         assert any(line.startswith("suspicious") and said in line for line in info.lines())
 
+    def test_magnitudes_alone_may_change_something(self, write: Write) -> None:
+        """A DoRA whose factors stayed at zero: what its magnitudes do, only the base tells."""
+        tensors = pair("unet.a") | {"unet.a.lora_magnitude_vector": random(16)}
+        tensors["unet.a.lora_B.weight"] = torch.zeros(16, 4)
+        said = describe(write(tensors)).suspicious
+        assert not any("changes nothing" in line or "zero change" in line for line in said)
+        assert any("magnitudes alone could change anything, in unet.a" in line for line in said)
+
 
 class TestReaders:
     """What is so named that some clients, or all, would pass over it."""
 
     def said(self, tensors: dict[str, Tensor], write: Write) -> tuple[str, ...]:
         return describe(write(tensors)).suspicious
+
+    def test_two_names_for_one_factor(self, write: Write) -> None:
+        """One of them is described, and the other is not passed over in silence."""
+        tensors = pair("unet.mid_block.to_q")
+        other = {"unet.mid_block.to_q.lora_down.weight": random(4, 8, seed=9)}
+        assert not describe(write(tensors)).suspicious
+        (said,) = describe(write(tensors | other)).suspicious
+        assert said.startswith("second names for factors that are there")
+        assert "unet.mid_block.to_q.lora_" in said
 
     def test_names_of_peft_and_its_alpha_beside_the_file(self, tmp_path: Path) -> None:
         tensors = {f"base_model.model.{k}": t for k, t in pair("mid_block.attn1.to_q").items()}
@@ -234,14 +251,14 @@ class TestReaders:
 
     def test_what_clients_read_differently(self, write: Write) -> None:
         kohya = {
-            "lora_unet_a.lora_down.weight": random(4, 8),
-            "lora_unet_a.lora_up.weight": random(16, 4),
-            "lora_unet_a.alpha": torch.tensor(4.0),
+            "lora_unet_mid_block_a.lora_down.weight": random(4, 8),
+            "lora_unet_mid_block_a.lora_up.weight": random(16, 4),
+            "lora_unet_mid_block_a.alpha": torch.tensor(4.0),
         }
         assert self.said(kohya, write) == ()
-        dora = kohya | {"lora_unet_a.dora_scale": random(16, 1)}
-        other = {k.replace("unet_a", "unet_b"): t.clone() for k, t in kohya.items()}
-        other["lora_unet_b.alpha"] = torch.tensor(2.0)
+        dora = kohya | {"lora_unet_mid_block_a.dora_scale": random(16, 1)}
+        other = {k.replace("block_a", "block_b"): t.clone() for k, t in kohya.items()}
+        other["lora_unet_mid_block_b.alpha"] = torch.tensor(2.0)
         for tensors, told in (
             (dora, "DoRA in kohya's naming"),
             (kohya | other, "several alphas: diffusers draws"),

@@ -6,7 +6,7 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -83,3 +83,16 @@ def bounded() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, former)
+
+
+def each(targets: Sequence[Target]) -> Any:
+    """Return a fixture that gives each reader in turn, with good inputs made."""
+
+    @pytest.fixture(scope="module", params=targets, ids=lambda target: target.name)
+    def under_fire(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Range:
+        target: Target = request.param
+        return Range(target, tmp_path_factory.mktemp("fuzz"))
+
+    return under_fire

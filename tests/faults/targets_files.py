@@ -152,11 +152,11 @@ def _strike_adapter(rng: Random, seeds: None, where: Path) -> Path:
 
 def _read_adapter(path: Path) -> object:
     """Describe an adapter, and find out how to draw with it: as `info` and `generate` do."""
-    from tunekit import generate, info
+    from tunekit import info, known
     from tunekit.errors import UserError
 
     with contextlib.suppress(UserError):  # what `info` says of it is looked at all the same
-        generate._said_by(path)
+        known.said_by_all([path])
     described = info.describe(path)
     return "\n".join(described.lines()) + json.dumps(described.as_dict())
 

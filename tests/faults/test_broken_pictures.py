@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Typed
 from hostile import png_header
 from PIL import Image
+from told import Typed
 
 Tree = dict[str, dict[str, Any]]
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
-import pytest
-from fuzzed import PLENTY, RANDOMS, Range, thorough
+from fuzzed import PLENTY, RANDOMS, Range, each, thorough
 from hypothesis import given
-from targets import DATA, Target
+from targets import DATA
 
-
-@pytest.fixture(scope="module", params=DATA, ids=lambda target: target.name)
-def under_fire(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Range:
-    """Return each reader in turn, with good inputs made."""
-    target: Target = request.param
-    return Range(target, tmp_path_factory.mktemp("fuzz"))
+under_fire = each(DATA)
 
 
 @thorough(PLENTY)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Typed
 from hostile import Canary, safetensors_bytes
+from told import Typed
 
 Tree = dict[str, dict[str, Any]]
 Planted = Callable[[Path, str], None]
@@ -250,7 +250,7 @@ def test_a_description_of_what_no_model_has(
 
 def test_a_file_cannot_say_whose_code_is_trusted(tmp_path: Path) -> None:
     """Beyond the table: the recipe in an adapter is read for its base and words alone."""
-    from tunekit import generate
+    from tunekit.known import said_by_all
 
     recipe = {
         "base": {"model": "/etc", "trust_remote_code": True},
@@ -263,7 +263,7 @@ def test_a_file_cannot_say_whose_code_is_trusted(tmp_path: Path) -> None:
         path.write_bytes(
             safetensors_bytes({"a": ("F32", [1], bytes(4))}, {"tunekit.recipe": json.dumps(recipe)})
         )
-        known = generate._said_by(path)
+        known = said_by_all([path])
         assert known.data is not None
         assert (known.base and known.base.model) == taken
         assert known.base is None or known.base.trust_remote_code is False

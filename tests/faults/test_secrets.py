@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SECRETS, Stopped, Typed
 from PIL import Image
+from stopping import SECRETS, Stopped
+from told import Typed
 
 from tunekit.redaction import secret_in, without_secrets
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STEPS, Stopped, Typed, process
+from stopping import STEPS, Stopped, process
+from told import Typed
 
 import tunekit
 from tunekit import checkpoint

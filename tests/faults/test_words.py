@@ -6,22 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Typed
+from good import recipe_for
 from PIL import Image
+from told import Typed
 
-GOOD = """\
-name: good
-base:
-  model: toybox
-data:
-  source: pictures
-  trigger: zorp
-  class: robot
-adapter:
-  kind: lora
-train:
-  learning_rate: 1e-4
-"""
+GOOD = recipe_for("toybox")
 
 
 @pytest.fixture
