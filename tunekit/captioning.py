@@ -25,7 +25,7 @@ from tunekit.data.captions import fill, insert_trigger
 from tunekit.data.reading import NOT_UTF8, escaped, is_utf8
 from tunekit.data.records import DataError, Finding, Record, printable
 from tunekit.data.source import fault_line, read, streamed
-from tunekit.errors import UserError
+from tunekit.errors import UserError, some
 from tunekit.progress import Reporter, Silent
 from tunekit.recipe_faults import explain
 from tunekit.recipe_source import Place as KeyPlace
@@ -75,8 +75,8 @@ class Captioned:
             lines.append(f"{self.out}: nothing was written")
         if self.kept:
             lines.append(
-                f"{_count(self.kept)} had captions, which stay ({_some(self.kept)}); --overwrite "
-                "writes new ones"
+                f"{_count(self.kept)} had captions, which stay ({some(self.kept, _NAMED)}); "
+                "--overwrite writes new ones"
             )
         for remark, names in self.remarks.items():
             lines.append(f"{_count(names)} with captions {remark}: {', '.join(names)}")
@@ -272,8 +272,3 @@ def _escaped(text: str) -> str:
 
 def _count(names: Sequence[str] | Mapping[str, str]) -> str:
     return "1 picture" if len(names) == 1 else f"{len(names)} pictures"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tunekit.errors import UserError
+from tunekit.errors import UserError, some
 from tunekit.parallel import whole
 from tunekit.spikes import Spikes
 
@@ -61,7 +61,7 @@ class Fault:
     spike: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.what} with {_join(self.seen)}"
+        return f"{self.what} with {some(self.seen, 8)}"
 
 
 class Guards:
@@ -225,8 +225,3 @@ class Pulse:
         for parameter in self._trained.values():
             flat = whole(parameter.detach()).reshape(-1)
             yield flat[:: max(1, len(flat) // _SAMPLED)]
-
-
-def _join(seen: Sequence[Seen], most: int = 8) -> str:
-    more = f" and {len(seen) - most} more" if len(seen) > most else ""
-    return ", ".join(str(one) for one in seen[:most]) + more

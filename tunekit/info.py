@@ -12,14 +12,14 @@ from pathlib import Path
 
 from tunekit import embeddings
 from tunekit.embeddings import Embedding
-from tunekit.errors import UserError
+from tunekit.errors import UserError, some
 from tunekit.factors import ModuleInfo, group, is_kohya, read_module
 from tunekit.files.adapter import beside
 from tunekit.files.names import Names
 from tunekit.files.sources import outline
 from tunekit.files.stream import Form, TensorFile
 from tunekit.schema import Base
-from tunekit.suspicions import Looks, Shapes, some, suspicions
+from tunekit.suspicions import Looks, Shapes, suspicions
 
 _COMPONENT = re.compile(r"^(lora_(?:unet|te\d?|transformer)|[a-z]\w*(?=\.))")
 _TRANSFORMER = re.compile(
@@ -155,6 +155,8 @@ def describe(path: Path, base: str | None = None) -> AdapterInfo:
     if found:
         kind = f"bundle ({kind} and new words)" if kinds else "new words (textual inversion)"
     said = [*suspicions(looks, metadata, modules, shapes, unread)] if keys else []
+    if again := _again(keys):
+        said.append(f"second names for factors that are there, of which readers take one: {again}")
     family = None
     if base is not None:
         names = Names(outline(Base(model=base)))
@@ -204,6 +206,13 @@ def _modules(
             looks.look(str(own[factor]), tensor)
         modules.append(read_module(path, name, parts, scales))
     return tuple(modules), looks
+
+
+def _again(keys: Sequence[str]) -> str:
+    """Return in words what names a factor that another name stands for as well; "": nothing."""
+    grouped, unread = group({key: key for key in keys})  # type: ignore[misc]
+    taken = {str(key) for own in grouped.values() for key in own.values()}
+    return some(key for key in keys if key not in taken and key not in unread)
 
 
 def _shapes(file: TensorFile, keys: Sequence[str]) -> Shapes:

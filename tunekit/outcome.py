@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunekit.errors import some
 from tunekit.evaluation.facts import machine, tables, verified, versions
 from tunekit.evaluation.report import Facts, Timeline, write_report
 from tunekit.recipe import Recipe, dump_yaml
@@ -108,7 +109,6 @@ def _skipped(lines: Sequence[Mapping[str, Any]], most: int = 20) -> list[str]:
     told = []
     for key, what in {"skipped": "were not taken", "spike": "had a spike of the loss"}.items():
         steps = [str(line["step"]) for line in lines if line.get(key)]
-        more = f" and {len(steps) - most} more" if len(steps) > most else ""
         if steps:
-            told.append(f"{len(steps)} of the steps {what}: {', '.join(steps[:most])}{more}")
+            told.append(f"{len(steps)} of the steps {what}: {some(steps, most)}")
     return told

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tunekit.errors import some
 from tunekit.factors import ModuleInfo, is_kohya
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def suspicions(
     """Yield in words what a user should look at, the worst first."""
     if looks.broken:
         yield f"NaN or infinite numbers in {some(sorted(looks.broken))}"
-    zero = [module.name for module in modules if module.norm == 0]
+    still = [module.name for module in modules if module.norm == 0]
+    zero = [name for name in still if "magnitude" not in shapes[name]]
+    if turned := [name for name in still if "magnitude" in shapes[name]]:
+        yield f"factors of zero, so that magnitudes alone could change anything, in {some(turned)}"
     if zero:
         whole = "the whole adapter changes nothing: " if len(zero) == len(modules) else ""
         yield f"{whole}zero change in {some(zero)}"
@@ -141,10 +145,3 @@ def _narrow(parts: Mapping[str, tuple[int, ...]]) -> int:
             wide *= size
         sizes.append(wide)
     return min(sizes, default=2**31)
-
-
-def some(names: Iterable[str], most: int = 3) -> str:
-    """Return the first of some names, and how many more there are."""
-    known = list(names)
-    rest = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + rest

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit import seeding
+from tunekit.errors import some
 from tunekit.loading import Loaded, VerificationError, combined, load_file, undisturbed
 
 if TYPE_CHECKING:
@@ -170,9 +171,9 @@ def _compare_changes(
     check = "changes the weights as trained"
     unmoved = {name for name in trained.keys() - loaded.changes.keys() if not trained[name]().any()}
     if missing := sorted(trained.keys() - loaded.changes.keys() - unmoved):
-        raise VerificationError(check, f"nothing in the file is for {_some(missing)}")
+        raise VerificationError(check, f"nothing in the file is for {some(missing, 2)}")
     if extra := sorted(loaded.changes.keys() - trained.keys()):
-        raise VerificationError(check, f"the file changes {_some(extra)}, which was not trained")
+        raise VerificationError(check, f"the file changes {some(extra, 2)}, which was not trained")
     sizes, distances, floors = {}, {}, {}
     for name in sorted(trained.keys() - unmoved):
         wanted = trained[name]()  # one module at a time: all of them are as large as the model
@@ -188,7 +189,7 @@ def _compare_changes(
     if off:
         raise VerificationError(
             check,
-            f"the change of {_some(off[::-1])} is off by {errors[off[-1]]:.1%}, and rounding "
+            f"the change of {some(off[::-1], 2)} is off by {errors[off[-1]]:.1%}, and rounding "
             f"explains {tolerance + errors[off[-1]] - excess[off[-1]]:.1%}",
         )
     lost = math.hypot(*distances.values())
@@ -199,8 +200,3 @@ def _compare_changes(
             "set export.dtype: fp32, or train for longer",
         )
     return max(errors.values()), math.hypot(*floors.values()) / whole if whole else 0.0
-
-
-def _some(names: Sequence[str], most: int = 2) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tunekit.adapters._targets import Targeted, by_pattern, grouped
 from tunekit.adapters.base import Adapter
-from tunekit.errors import UserError
+from tunekit.errors import UserError, some
 from tunekit.schema import also
 
 if TYPE_CHECKING:
@@ -90,10 +90,9 @@ class RotationAdapter(Adapter):
             if _width(module) % settings.unit()
         ]
         if unfit:
-            more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
             raise UserError(
                 f"adapter.block_size: blocks of {settings.block_size} need widths that are "
-                f"multiples of {settings.unit()}, unlike {', '.join(unfit[:3])}{more}"
+                f"multiples of {settings.unit()}, unlike {some(unfit)}"
             )
         size = settings.block_size
         for module in modules.values():

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tunekit.errors import UserError
+from tunekit.errors import UserError, some
 
 if TYPE_CHECKING:
     from typing import Self
@@ -142,10 +142,7 @@ class Adapter(ABC):
 
 def _list(what: str, names: Iterable[str]) -> list[str]:
     found = sorted(names)
-    if not found:
-        return []
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return [f"{what} {', '.join(found[:3])}{more}"]
+    return [f"{what} {some(found)}"] if found else []
 
 
 def match_modules(

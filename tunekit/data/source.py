@@ -24,6 +24,7 @@ from tunekit.data.listing import fault
 from tunekit.data.reading import NOT_UTF8, Progress, Reading, escaped, is_utf8
 from tunekit.data.records import Finding, Record
 from tunekit.data.sidecars import MOST_REPEATS
+from tunekit.errors import some
 
 if TYPE_CHECKING:
     from tunekit.schema_source import Pictures
@@ -75,9 +76,7 @@ def read(
     """
     how = Reading(mask, uncaptioned, progress, cache or Cache())
     labels = _labels(sources)
-    found = Found(", ".join(_named(source) for source in sources[:3]))
-    if len(sources) > 3:
-        found.label += f" and {len(sources) - 3} more"
+    found = Found(some(_named(source) for source in sources))
     parts = []
     for source, label in zip(sources, labels, strict=True):
         records, findings = _read_one(source, how)
