@@ -17,7 +17,7 @@ import pytest
 from test_resume import KillAt, Killed
 
 import tunekit
-from tunekit import runs
+from tunekit import runlock, runs
 from tunekit.cli import main
 from tunekit.errors import UserError
 from tunekit.export import ExportError
@@ -120,7 +120,11 @@ def test_a_run_is_running_while_its_process_lives(
     assert one.step > 0
 
 
-def test_a_run_of_another_machine_is_taken_at_its_word(shelf: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_machine_is_taken_at_its_word(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that other machines may have as well."""
+    monkeypatch.setattr(runlock, "_OWN_DISKS", frozenset())
     shutil.copytree(shelf / "stopped", tmp_path / "run")
     lock = {"pid": 1, "host": "node-7", "since": "2026-01-02T03:04:05+00:00"}
     (tmp_path / "run" / ".lock").write_text(json.dumps(lock))

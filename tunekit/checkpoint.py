@@ -100,7 +100,15 @@ def read(folder: Path) -> Checkpoint:
 
 
 def verify(folder: Path) -> list[str]:
-    """Check a checkpoint's files against its manifest and return their names."""
+    """Check a checkpoint's files against its manifest and return their names.
+
+    Raises UserError that names the file which is missing, changed or may not be read.
+    """
+    with disk_errors(folder, "read"):
+        return _verify(folder)
+
+
+def _verify(folder: Path) -> list[str]:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: is no checkpoint: it has no {MANIFEST}")
     manifest = _read_json(folder / MANIFEST)

@@ -12,11 +12,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tunekit.errors import UserError
 from tunekit.wholefile import disk_errors
 
 LOCK = ".lock"
+_PATIENCE = 50  # tenths of a second that others may look at a lock
+# Disks of this machine alone: a lock there ends with its process, whatever name the machine had, as
+# a container has another one each time.
+_OWN_DISKS = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"})
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True)
@@ -56,23 +62,42 @@ def now() -> str:
 
 
 def holder(folder: Path) -> Holder | None:
-    """Return who holds the folder or was killed holding it; None where nobody is named."""
-    try:
-        told = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-        return Holder(int(told["pid"]), str(told["host"]), str(told["since"]))
-    except FileNotFoundError:
+    """Return who holds the folder or was killed holding it; None where nobody is named.
+
+    Raises UserError where the lock cannot be read.
+    """
+    if (lock := _opened(folder / LOCK)) is None:
         return None
+    try:
+        with lock:
+            told = json.loads(lock.read())
+        return Holder(int(told["pid"]), str(told["host"]), str(told["since"]))
     except (ValueError, TypeError, KeyError, RecursionError):  # empty: given back
         return None
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror or error}; so nobody can tell from here "
+            "whether a run is writing there"
+        ) from None
 
 
 def taken(folder: Path) -> Holder | None:
     """Return who writes in the folder now, as far as can be told from this machine; else None.
 
     A lock of this machine ends with its process, so a killed one holds nothing. Whether a process
-    of another machine lives cannot be seen from here: it counts as one that does.
+    of another machine lives cannot be seen from here: it counts as one that does, but on a disk
+    that no other machine has. Raises UserError where the lock cannot be read.
     """
-    with contextlib.suppress(FileNotFoundError), (folder / LOCK).open("rb") as lock:
+    if (lock := _opened(folder / LOCK)) is None:
+        return None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,8 +106,21 @@ def taken(folder: Path) -> Holder | None:
             left = holder(folder)
             return left if left and (not left.here() or left.lives()) else None
         left = holder(folder)
-        return left if left and not left.here() else None
-    return None
+        return left if left and not left.here() and not _on_own_disk(lock.fileno()) else None
+
+
+def _on_own_disk(file: int) -> bool:
+    """Return whether an open file lies on a disk of this machine; False where nobody can tell."""
+    number = os.fstat(file).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return False
+    kinds = {
+        line.partition(" - ")[2].split(" ")[0] for line in mounts if line.split(" ")[2] == device
+    }
+    return bool(kinds) and kinds <= _OWN_DISKS
 
 
 def check(folder: Path) -> None:
@@ -101,18 +139,21 @@ def hold(folder: Path) -> Iterator[Holder | None]:
         lock = (folder / LOCK).open("ab+", buffering=0)
     with lock:
         check(folder)
-        for patience in (True, True, True, False):
+        for _ in range(_PATIENCE):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not patience:
-                    raise _refusal(folder, holder(folder) or Holder.me()) from None
-                time.sleep(0.1)  # somebody may only be looking
                 check(folder)
+                time.sleep(0.1)  # somebody is only looking
             except OSError:  # a disk that knows no locks: the name in the file is all there is
                 check(folder)
                 break
+        else:
+            raise UserError(
+                f"{folder}: no run is writing here, but other processes go on looking at "
+                f"{folder / LOCK}; wait until they have ended, and try again"
+            )
         left = holder(folder)
         with disk_errors(folder):
             lock.truncate(0)

@@ -14,6 +14,7 @@ from tunekit.errors import UserError
 from tunekit.keeping import best, judged
 from tunekit.runfolder import CHECKPOINTS, RECIPE
 from tunekit.runwriter import METRICS, REPORT, SCORES, read_metrics
+from tunekit.wholefile import disk_errors
 
 DEFAULT = Path("runs")
 
@@ -51,13 +52,14 @@ class Listed:
 def find(folder: Path) -> list[Path]:
     """Return the run that `folder` is, or the runs that stand in it, by name.
 
-    Raises UserError where there is no such folder.
+    One that may not be looked into counts as one. Raises UserError where there is no such folder,
+    or it may not be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    if _is_run(folder):
-        return [folder]
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+    with disk_errors(folder, "read"):
+        inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [folder] if _is_run(folder) else [path for path in inside if _is_run(path)]
 
 
 def listed(folder: Path) -> list[Listed]:
@@ -134,7 +136,9 @@ def verified(folder: Path) -> list[Verified]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (RECIPE, runstate.STATE))
+    with contextlib.suppress(PermissionError):
+        return any((folder / name).is_file() for name in (RECIPE, runstate.STATE))
+    return True
 
 
 def _look(folder: Path) -> Listed:
@@ -146,9 +150,12 @@ def _look(folder: Path) -> Listed:
         lines = _metrics(folder)
     with _collecting(faults):
         scores = _scores(folder)
-    state = _state(folder, kept) if not faults else "unknown"
+    state, held = "unknown", None
+    with _collecting(faults):
+        held = runlock.taken(folder)
+        state = _state(folder, kept, held) if not faults else "unknown"
     note = "; ".join(faults) or (kept.error if kept and state == "failed" else None)
-    if state == "running" and (held := runlock.taken(folder)) and not held.here():
+    if state == "running" and held and not held.here():
         note = f"on {held.host}, as its lock says"
     likeness = scores.get("scores", {}).get("likeness", {})
     samples = judged(lines)
@@ -168,9 +175,9 @@ def _look(folder: Path) -> Listed:
     )
 
 
-def _state(folder: Path, kept: runstate.State | None) -> str:
+def _state(folder: Path, kept: runstate.State | None, held: runlock.Holder | None) -> str:
     """Return how a run stands: what it said last, and whether its process still lives."""
-    if runlock.taken(folder):
+    if held:
         return "running"
     if kept is None:
         return "finished" if (folder / REPORT).is_file() else "interrupted"
@@ -196,11 +203,12 @@ def _row(run: Listed) -> tuple[str, ...]:
 
 def _verify(folder: Path) -> Verified:
     faults: list[str] = []
-    whole = sum(_whole(path, faults) for path in _all_checkpoints(folder))
-    files = 0
+    whole = files = 0
+    with _collecting(faults):
+        whole = sum(_whole(path, faults) for path in _all_checkpoints(folder))
     with _collecting(faults):
         for file in _scores(folder).get("run", {}).get("files", ()):
-            with _collecting(faults):
+            with _collecting(faults), disk_errors(folder, "read"):
                 _hold(folder, file)
                 files += 1
     for read in (runstate.read, _metrics):
@@ -212,7 +220,9 @@ def _verify(folder: Path) -> Verified:
 def _all_checkpoints(folder: Path) -> list[Path]:
     """Return what is called a checkpoint, with those that have lost their manifest."""
     inside = folder / CHECKPOINTS
-    return sorted(inside.glob("step-*")) if inside.is_dir() else []
+    with disk_errors(inside, "read"):
+        names = inside.iterdir() if inside.is_dir() else ()
+        return sorted(path for path in names if path.name.startswith("step-"))
 
 
 def _whole(path: Path, faults: list[str]) -> bool:
