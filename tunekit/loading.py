@@ -70,7 +70,8 @@ def _load_weights(
     family: Family, source: str | dict[str, Tensor], name: str, tensors: Mapping[str, Tensor]
 ) -> Loaded:
     grouped, unread = group(tensors)
-    if read_by_diffusers(tensors, kohya=family.kohya_by_diffusers):
+    joined = by_name(family.joints).keys() & grouped.keys()
+    if not joined and read_by_diffusers(tensors, kohya=family.kohya_by_diffusers):
         return _by_diffusers(family, source, name, tensors)
     if unread:
         raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
@@ -264,8 +265,9 @@ def _each(
             continue
         try:
             parts = separate(joints[key], held)
-        except ValueError as fault:
-            raise VerificationError("loads", f"{key}: {fault}") from None
+        except (LookupError, RuntimeError, TypeError, ValueError) as fault:
+            line = " ".join(str(fault).split())[:300]
+            raise VerificationError("loads", f"{key}: {line}") from None
         for module, own in parts.items():
             yield family.client_name(LAYOUTS[0], "denoiser", module), own
 

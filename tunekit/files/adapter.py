@@ -136,6 +136,7 @@ class AdapterFile:
             )
         self._keys = self._by_module()
         self._scales = beside(path, self.metadata)
+        self._ranks: dict[Place, int] = {}  # of modules that the file joins with others
         self.places = self._bind()
         self.layout = "kohya" if all(map(is_kohya, self._keys)) else "diffusers"
         ours = "tunekit.version" in self.metadata  # which multiplies it in, and says so
@@ -191,7 +192,9 @@ class AdapterFile:
             place = self.names.find(name)
             return [] if place is None else [place]
         parts = self._separate(name, joint, self._raw(name))
-        return [("denoiser", module) for module in parts]
+        found = {("denoiser", module): own for module, own in parts.items()}
+        self._ranks |= {p: len(own["down"]) for p, own in found.items() if "down" in own}
+        return list(found)
 
     def _raw(self, name: str) -> dict[str, Tensor]:
         return {factor: self._file.read(key) for factor, key in self._keys[name].items()}
@@ -199,9 +202,13 @@ class AdapterFile:
     def _separate(
         self, name: str, joint: Joint, raw: Mapping[str, Tensor]
     ) -> dict[str, dict[str, Tensor]]:
-        check_module(self.path, name, raw)
+        import torch
+
+        rank, held = check_module(self.path, name, raw), dict(raw)
+        if "alpha" not in raw and rank and (alpha := self._alpha_beside(name, rank)) is not None:
+            held["alpha"] = torch.tensor(alpha)  # of the rank that all of them have together
         try:
-            return separate(joint, raw)
+            return separate(joint, held)
         except (ValueError, IndexError) as fault:
             raise UserError(f"{self.path}: {name}: {fault}") from None
 
@@ -211,6 +218,8 @@ class AdapterFile:
 
     def rank(self, place: Place) -> int | None:
         """Return a module's rank where its kind has one, without reading it."""
+        if place in self._ranks:
+            return self._ranks[place]
         keys = self._keys[self.places[place]]
         found = (self._file.forms[keys[f]].shape for f in _RANKED if f in keys)
         return next((shape[0] for shape in found if shape), None)
