@@ -16,13 +16,17 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file, save_file
+from taught import recipe_for, teach
 from torch import Tensor
 
 from tunekit import families, loading
 from tunekit.changes.joined import Joint, join, separate
 from tunekit.errors import UserError
+from tunekit.export import export_adapter
 from tunekit.families import Family
+from tunekit.files.adapter import AdapterFile
 from tunekit.files.convert import convert
+from tunekit.files.names import Names
 from tunekit.info import describe
 from tunekit.loaded import VerificationError
 from tunekit.schema import Base
@@ -183,6 +187,50 @@ def test_a_file_of_sd_scripts_is_drawn_with_and_converted_both_ways(
         torch.testing.assert_close(change[keys](), product[96:192])
 
 
+def test_the_first_release_s_own_names(tiny_folder: Folder, sd3: Family, tmp_path: Path) -> None:
+    """Dotted: ComfyUI's without alphas, and PEFT's with one beside, which is of the whole rank."""
+    (joint,) = (j for j in sd3.joints if j.name == "joint_blocks.0.x_block.attn.qkv")
+    held, _ = products(joint, list(joint.modules), wide=96)
+    made, _ = join(joint, held, dict.fromkeys(held, 1.0))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3.0}))
+    for top, name, scale in (
+        ("diffusion_model", "comfyui", 1.0),
+        ("base_model.model", "adapter_model", 0.5),
+    ):
+        key, path = f"{top}.{joint.name}", tmp_path / f"{name}.safetensors"
+        save_file({f"{key}.lora_A.weight": made["down"], f"{key}.lora_B.weight": made["up"]}, path)
+        file = AdapterFile(path, Names(sd3))
+        for module in joint.modules:
+            place = ("denoiser", module)
+            assert file.rank(place) == 2
+            found = file.read(place).change(torch.zeros(96, 96))
+            torch.testing.assert_close(found, scale * held[module]["up"] @ held[module]["down"])
+    base = families.load(Base(model=str(tiny_folder("sd3"))))
+    loaded = loading.load_file(base, tmp_path / "comfyui.safetensors", "it")
+    assert loaded.changes.keys() == {f"denoiser.{module}" for module in joint.modules}
+
+
+def test_a_module_that_never_moved_is_not_missed(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Joined with others it has no rank left; the export is verified all the same."""
+    recipe = recipe_for(
+        tiny_folder("sd3"),
+        adapter={"targets": [r"attn\.add_(q|k)_proj"]},
+        export={"dtype": "fp32", "layouts": ["kohya"]},
+    )
+    family, adapter = teach(recipe)
+    still = "denoiser.transformer_blocks.1.attn.add_q_proj.lora_B.weight"
+    with torch.no_grad():
+        adapter.trained()[still].zero_()
+    (file,) = export_adapter(family, adapter, recipe, tmp_path)
+    names = Names(families.load(recipe.base, "meta"))
+    held = {module for _, module in AdapterFile(file.path, names).places}
+    assert held == {
+        "transformer_blocks.0.attn.add_q_proj",
+        "transformer_blocks.0.attn.add_k_proj",
+        "transformer_blocks.1.attn.add_k_proj",
+    }
+
+
 def test_what_has_no_rows_of_its_own_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
     path = tmp_path / "lokr.safetensors"
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
@@ -197,3 +245,11 @@ def test_what_has_no_rows_of_its_own_is_refused(tiny_folder: Folder, tmp_path: P
     )
     with pytest.raises(UserError, match="it has 9 rows, and joint_blocks"):
         convert(path, "diffusers", base=str(tiny_folder("sd3")), out=tmp_path / "o.safetensors")
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(1, 96), f"{name}.lora_up.weight": torch.ones(9)},
+        path,
+    )
+    with pytest.raises(UserError, match=name):
+        convert(path, "diffusers", base=str(tiny_folder("sd3")), out=tmp_path / "o.safetensors")
+    with pytest.raises(VerificationError, match=name):
+        loading.load_file(families.load(Base(model=str(tiny_folder("sd3")))), path, "it")
