@@ -20,7 +20,7 @@ demo: $(SETUP)
 	$(BIN)/tunekit generate --run runs/character-lora --prompt "a {trigger} {class} on the beach"
 
 test: lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 KILLS = 10
 
 
+@pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     result, work = tmp_path / "chaos.json", tmp_path / "work"
     words = ["--runs", "1", "--kills", str(KILLS), "--most", "5", "--seed", "1"]

@@ -22,7 +22,7 @@ from tunekit.progress import Silent
 from tunekit.recipe import load_recipe
 
 # Pictures and what the base draws of the class are kept for this session, not in the user's cache.
-pytestmark = pytest.mark.usefixtures("run_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("run_cache")]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FEWER = ("evaluate.seeds=[1]", "train.sample_every=0", "train.checkpoint_every=0")

@@ -277,6 +277,7 @@ def test_the_report_tells_what_left_the_memory(run: Run) -> None:
     "ignore:.*torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
 )
 class TestCompile:
+    @pytest.mark.slow
     def test_compiled_steps_are_nearly_those_that_are_not(
         self, load_tiny: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -100,6 +100,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert ran.stderr == "set()"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # some hundred megabytes are written and read
 def test_memory_follows_the_largest_weight_and_not_the_model() -> None:
     words = ["benchmarks/files_memory.py", "--megabytes", "250", "--only", "merge"]
