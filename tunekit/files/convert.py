@@ -71,6 +71,7 @@ def convert(
     new = NewFile(
         out or path.with_name(f"{path.stem}-{layout}.safetensors"), layout, dtype, overwrite
     )
+    new.check()
     opened = Opened.by(new, path, base)
     names, out = opened.names, new.path
     file = opened.file(path)

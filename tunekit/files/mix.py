@@ -101,6 +101,7 @@ def mix(
     keep: how much is left by the others. base: as `sources.find_base`; its weights are needed only
     where an adapter's change depends on them. Raises UserError where the files do not fit one base.
     """
+    new.check()
     opened = Opened.by(new, adapters[0][0], base)
     files = [(opened.file(path), weight) for path, weight in adapters]
     mixer = _Mixer(files, way, keep, opened)

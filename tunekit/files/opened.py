@@ -39,11 +39,10 @@ class NewFile:
 class Opened:
     """A base without its weights, by whose names adapter files are read and a new one is written.
 
-    Raises UserError where the file cannot be made, and for what is no base.
+    Raises UserError for what is no base.
     """
 
     def __init__(self, new: NewFile, base: Base) -> None:
-        new.check()
         self.new, self.base = new, base
         self.family = outline(base)
         self.names = Names(self.family)
@@ -52,7 +51,6 @@ class Opened:
     def by(cls, new: NewFile, path: Path, asked: str | None) -> Self:
         """Return it with the base that is `asked` for, or else the one that the file at `path`
         names; see `sources.find_base`."""
-        new.check()
         return cls(new, find_base(asked, metadata_of(path), path))
 
     def file(self, path: Path) -> AdapterFile:
