@@ -91,6 +91,52 @@ def generate(
         float | None,
         typer.Option(help="The same in the text encoders.", show_default="that of --scale"),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(metavar="PICTURE", help="A picture to start from.", show_default=False),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of it is drawn anew, above 0 to 1.",
+            show_default="0.75; 1 with --mask or --extend",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PICTURE",
+            help="White where it may change; what is black stays as it is.",
+            show_default=False,
+        ),
+    ] = None,
+    extend: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIDE=PIXELS",
+            help="Draw beyond it: left, top, right or bottom; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    controlnet: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A ControlNet on this disk, as diffusers saves it.",
+            show_default=False,
+        ),
+    ] = None,
+    control_image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PICTURE",
+            help="What the ControlNet is given, such as edges.",
+            show_default=False,
+        ),
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option(help="How strongly it holds, 0 to 2.", show_default="1")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder.", show_default="a new one in generated/")
     ] = None,
@@ -102,6 +148,7 @@ def generate(
     """Draw a folder of pictures and a grid. A run, adapter files, or the base alone draws."""
     from tunekit.generate import Request, adapter_of
     from tunekit.generate import generate as draw
+    from tunekit.request import sides_of
 
     request = Request(
         run=run,
@@ -123,6 +170,13 @@ def generate(
         text_scale=text_scale,
         width=width,
         height=height,
+        init=init,
+        strength=strength,
+        mask=mask,
+        extend=sides_of(extend or ()),
+        controlnet=controlnet,
+        control_image=control_image,
+        control_scale=control_scale,
     )
     made = draw(
         request,

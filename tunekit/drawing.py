@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import UserError
+
+if TYPE_CHECKING:
+    from tunekit.guides import Control, Start
 
 MOST_AT_ONCE = 64
 
@@ -20,7 +23,8 @@ class DrawSettings:
     show; needs guidance above 1. width, height: pixels, multiples of what the family says; None:
     the base's own size. scale: strength of the adapters, 1 as trained, 0 the untouched base, at
     most 10 either way; text_scale: the same of their parts in text encoders; None: as `scale`.
-    Raises UserError for numbers outside of these ranges.
+    start: a picture to start from, and where it may change; control: one that the ControlNet holds
+    the drawing to. Raises UserError for numbers outside of these ranges.
     """
 
     steps: int = 25
@@ -31,6 +35,8 @@ class DrawSettings:
     height: int | None = None
     scale: float = 1.0
     text_scale: float | None = None
+    start: Start | None = None
+    control: Control | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
@@ -41,6 +47,11 @@ class DrawSettings:
             scale = getattr(self, name)
             if scale is not None and not -10 <= scale <= 10:
                 raise UserError(f"{name}: {scale:g} is not in -10 to 10")
+        if self.start is not None and int(self.steps * self.start.strength) < 1:
+            raise UserError(
+                f"strength: {self.start.strength:g} of {self.steps} steps is none: draw in more "
+                "steps, or at a higher strength"
+            )
         if self.negative_prompt and self.guidance_scale <= 1:
             raise UserError(
                 f"negative_prompt: does nothing at guidance_scale {self.guidance_scale:g}; "

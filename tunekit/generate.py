@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ def load(
     base: str | Path | Base | None = None,
     adapters: AdapterSource | Iterable[AdapterSource] = (),
     device: str | torch.device | None = None,
+    controlnet: str | Path | None = None,
 ) -> Painter:
     """Return a painter that draws as `tunekit generate` does: of a run, of files, or of a base.
 
@@ -52,6 +53,7 @@ def load(
     `toybox` without adapters. adapters: one or several, as of `inference.load`. A run, or an only
     adapter, also says the painter's `settings` (size, steps, guidance) and the words that its
     ``draw`` fills into {trigger} and {class}. Its `swap` puts other adapters on the same base.
+    controlnet: as of `inference.load`.
 
     Raises UserError for what is not there, not safe to read, or does not fit the base.
     """
@@ -67,7 +69,7 @@ def load(
     if base is not None:
         named = base if isinstance(base, Base) else found.named(str(base))
         found = replace(found, base=named)
-    painter = inference.load(found.required(), adapters, device)
+    painter = inference.load(found.required(), adapters, device, controlnet=controlnet)
     painter.settings = settings_of(found.values())
     if found.data is not None:
         painter.words = (found.data.trigger, found.data.class_noun)
@@ -95,8 +97,10 @@ def generate(
     """
     decided = plan(request)
     folder = _folder(out, decided.name, overwrite)
-    painter = inference.load(decided.base, decided.adapters, device, identify=True)
-    for difference in _differences(decided, str(painter.about["base_sha256"])):
+    painter = inference.load(
+        decided.base, decided.adapters, device, identify=True, controlnet=decided.controlnet
+    )
+    for difference in _differences(decided, painter.about):
         note(difference)
     drawn, paths = [], []
     for picture in painter.draw_all(decided.wanted):
@@ -113,18 +117,20 @@ def generate(
     return Generated(folder, tuple(paths), folder / GRID)
 
 
-def _differences(decided: Plan, base: str) -> list[str]:
+def _differences(decided: Plan, about: Mapping[str, JsonValue]) -> list[str]:
     """Return in words what is not as it was when a picture that is drawn again was drawn.
 
-    base: the fingerprint of the one that is loaded. Raises UserError for another base than the
-    picture's, unless the user named it.
+    about: what pictures now say of the base. Raises UserError for another base than the picture's,
+    unless the user named it.
     """
     if decided.again is None:
         return []
-    other = decided.again.base_differs(base)
+    other = decided.again.base_differs(str(about["base_sha256"]))
     if other is not None and not decided.named:
         raise UserError(f"{other}: name one with --base to draw on it all the same")
-    return [*([other] if other else ()), *decided.again.differences(decided.adapters)]
+    guides = decided.again.guides_differ(decided.wanted[0].settings, about.get("controlnet"))
+    adapters = decided.again.differences(decided.adapters)
+    return [*([other] if other else ()), *adapters, *guides]
 
 
 def _sheet(drawn: Sequence[Drawn], wanted: Sequence[Wanted]) -> Image.Image:

@@ -11,14 +11,17 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tunekit
 from tunekit import families, identity
+from tunekit.data.cache import fingerprint
 from tunekit.data.captions import fill
 from tunekit.drawing import DrawSettings, Wanted
 from tunekit.errors import UserError
 from tunekit.families.base import PromptCutWarning
+from tunekit.guides import Control, Start, guided
 from tunekit.loading import undisturbed
 from tunekit.modelcard import portable
 from tunekit.mounted import AdapterSource, Mounted, weighted
@@ -30,15 +33,18 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
     from pydantic import JsonValue
+    from torch import nn
 
     from tunekit.adapters import Adapter
     from tunekit.families import Family
     from tunekit.loaded import SetScale
 
 __all__ = [
+    "Control",
     "DrawSettings",
     "Drawn",
     "Painter",
+    "Start",
     "Wanted",
     "default_device",
     "grid",
@@ -83,6 +89,7 @@ class Painter:
         self._set_scale = set_scale
         self._adapters = list(adapters)
         self._mounted: Mounted | None = None
+        self._controlnet: nn.Module | None = None
 
     @classmethod
     def of(cls, family: Family, adapter: Adapter | None = None) -> Painter:
@@ -123,6 +130,12 @@ class Painter:
         self._mounted = mounted
         self._set_scale = mounted.set_scale if mounted.adapters else None
         self._adapters = mounted.described
+
+    def _control(self, path: Path) -> None:
+        module = families.controlnet(self.family, path)
+        told = fingerprint(module.state_dict(), identity.settings(module))
+        self.about["controlnet"] = {"name": path.name, "sha256": told}
+        self._controlnet = module
 
     def draw(self, prompt: str, seed: int, settings: DrawSettings | None = None) -> Image.Image:
         """Return the picture of `prompt` from `seed`; the same arguments give the same pixels.
@@ -173,8 +186,10 @@ class Painter:
 
     def _check(self, prompt: str, settings: DrawSettings) -> None:
         """Raise UserError where these do not suit the base; warn of words that it never sees."""
-        self._edge("width", settings.width)
-        self._edge("height", settings.height)
+        self._size(settings)
+        if (settings.control is None) != (self._controlnet is None):
+            lacks = "ControlNet is loaded" if settings.control else "picture is given to it"
+            raise UserError(f"controlnet: a picture and a ControlNet go together; no {lacks}")
         if self._set_scale is None and (settings.scale != 1 or settings.text_scale is not None):
             name = "scale" if settings.scale != 1 else "text_scale"
             raise UserError(
@@ -192,22 +207,23 @@ class Painter:
         import torch
 
         family = self.family
-        width = self._edge("width", settings.width)
-        height = self._edge("height", settings.height)
+        width, height = self._size(settings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         with (
             _tolerating_old_numpy_calls(),
-            undisturbed(family, family.vae),
+            undisturbed(family, family.vae, *([self._controlnet] if self._controlnet else ())),
             self._at(settings),
+            _seeded(family.device, seeds[0]),
         ):
             pipeline = family.pipeline(settings.scheduler)
             pipeline.set_progress_bar_config(disable=True)
+            start, control = settings.start, settings.control
+            pipeline, given = guided(pipeline, width, height, start, control, self._controlnet)
             try:
                 pixels = pipeline(
                     **family.drawing(prompt, settings.negative_prompt, settings.guidance_scale),
+                    **given,
                     num_inference_steps=settings.steps,
-                    width=width,
-                    height=height,
                     num_images_per_prompt=len(seeds),
                     generator=generators if len(seeds) > 1 else generators[0],
                     output_type="np",
@@ -232,9 +248,23 @@ class Painter:
             shared["text_scale"] = settings.text_scale
         if len(seeds) > 1:
             shared["batch"] = list(seeds)
+        if start is not None:
+            shared["start"] = dict(start.told)
+        if control is not None:
+            shared["control"] = dict(control.told)
         shared |= {"prompt": prompt, "negative_prompt": settings.negative_prompt}
         stored: list[dict[str, JsonValue]] = [{**shared, "seed": seed} for seed in seeds]
-        return [(_to_image(own, told), told) for own, told in zip(pixels, stored, strict=True)]
+        images = [_to_image(own, told) for own, told in zip(pixels, stored, strict=True)]
+        if start is not None:
+            images = [_kept(image, *start.fitted(width, height)) for image in images]
+        return list(zip(images, stored, strict=True))
+
+    def _size(self, settings: DrawSettings) -> tuple[int, int]:
+        """Return width and height; UserError for what the family cannot draw."""
+        size = settings.width, settings.height
+        if settings.start is not None and settings.start.extended:
+            size = settings.start.image.size
+        return self._edge("width", size[0]), self._edge("height", size[1])
 
     def _edge(self, name: str, pixels: int | None) -> int:
         if pixels is None:
@@ -262,6 +292,19 @@ class Painter:
 
 
 @contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Let the seed decide, too, what a library draws from the global stream; that is as before.
+
+    Some of diffusers' pipelines encode pictures so, whatever generator they are given.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
 def _tolerating_old_numpy_calls() -> Iterator[None]:
     """Hold back what numpy says of how diffusers' schedulers call it: nobody here can mend that."""
     with warnings.catch_warnings():
@@ -283,6 +326,13 @@ def _to_image(pixels: Any, settings: Mapping[str, JsonValue]) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype("uint8"))
 
 
+def _kept(image: Image.Image, before: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """Return what was drawn where the mask is white, and what was there before elsewhere."""
+    from PIL import Image
+
+    return image if mask is None else Image.composite(image, before, mask)
+
+
 def default_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     import torch
@@ -296,6 +346,7 @@ def load(
     device: str | torch.device | None = None,
     *,
     identify: bool = False,
+    controlnet: str | Path | None = None,
 ) -> Painter:
     """Return a painter: a base with adapters on top.
 
@@ -304,7 +355,8 @@ def load(
     (path, (weight, weight in the text encoders)); a path is an exported ``.safetensors`` file, a
     finished run's folder, or a checkpoint folder inside a run (at most one of these). device: None:
     a GPU if there is one. identify: whether pictures say the base's fingerprint, for which all of
-    its weights are read once.
+    its weights are read once. controlnet: a ControlNet's folder on this disk, which holds what is
+    drawn to the picture in `DrawSettings.control`.
 
     Raises UserError for what is not there, not safe to read, or does not fit the base.
     """
@@ -316,5 +368,7 @@ def load(
         painter.about["base_settings"] = settings
     if identify:
         painter.about["base_sha256"] = identity.of_drawing(family)
+    if controlnet is not None:
+        painter._control(Path(controlnet))
     painter._mount(Mounted(family, asked))
     return painter

@@ -76,6 +76,20 @@ class Adapter(Section):
     sha256: _Hash | None = None
 
 
+class Start(File):
+    """The picture that it started from: where it might change, how much, and what was added."""
+
+    strength: float = 1.0
+    mask: File | None = None
+    extend: dict[str, int] = Field(default_factory=dict)
+
+
+class Control(File):
+    """The picture that it was held to, and how strongly."""
+
+    scale: float = 1.0
+
+
 class Recorded(Section):
     """How a picture was drawn. batch: the seeds that were drawn with its own, its own among them.
 
@@ -97,6 +111,9 @@ class Recorded(Section):
     base_settings: dict[str, JsonValue] = Field(default_factory=dict)
     base_sha256: _Hash | None = None
     adapters: Annotated[tuple[Adapter, ...], Field(strict=False, max_length=100)] = ()
+    start: Start | None = None
+    control: Control | None = None
+    controlnet: File | None = None
     version: Annotated[str, Field(max_length=100)] = ""
 
     @field_validator("base_settings")

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunekit import hub, recorded
 from tunekit.errors import UserError
 from tunekit.mounted import AdapterSource, Weighted, digest, weighted
-from tunekit.recorded import Recorded
+from tunekit.recorded import File, Recorded
 from tunekit.runfolder import CHECKPOINTS, EXPORT
 from tunekit.schema import BUNDLED, Base
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from tunekit.drawing import DrawSettings
 
 _RUNS = "runs"
 _STEP = "/step-"
@@ -63,6 +65,56 @@ class Redraw:
                 raise self._missing(told.name, "an adapter", "--adapter")
             found.append(Weighted(right[0], told.weight, told.text_weight))
         return found
+
+    def guides(self, request: Any) -> dict[str, Any]:
+        """Return where the pictures lie that guided the drawing, and how strongly they did.
+
+        By the names of `request.Request`, of which what is asked for goes first. Raises UserError
+        for a picture that is not nearby, or is not the one that guided it.
+        """
+        start, control, net = self.recorded.start, self.recorded.control, self.recorded.controlnet
+        told: dict[str, Any] = {}
+        if start is not None:
+            told |= {"init": start, "mask": start.mask, "strength": start.strength}
+            told["extend"] = start.extend
+        if control is not None:
+            told |= {"control_image": control, "control_scale": control.scale}
+        if net is not None:
+            told["controlnet"] = File(name=net.name)  # known by its weights, once they are read
+        found = {}
+        for key, value in told.items():
+            if value is not None and not getattr(request, key):
+                option = f"--{key.replace('_', '-')}"
+                found[key] = self._same(value, option) if isinstance(value, File) else value
+        return found
+
+    def _same(self, told: File, option: str) -> Path:
+        """Return the file that a picture names; UserError where it is another one or none."""
+        near = self._nearby(told.name)
+        right = [path for path in near if told.sha256 in (None, digest(path))]
+        if near and not right:
+            raise UserError(
+                f"{near[0]}: is not the {told.name} of which {self.picture} was drawn: its sha256 "
+                f"is another one; name the right one, or this one all the same, with {option}"
+            )
+        if not right:
+            raise self._missing(told.name, "a file", option)
+        return right[0]
+
+    def guides_differ(self, settings: DrawSettings, controlnet: object) -> Iterator[str]:
+        """Yield, in words, which guides are not those that the picture was drawn with.
+
+        controlnet: what pictures now say of the ControlNet.
+        """
+        told = self.recorded
+        now = {"start": settings.start, "control": settings.control}
+        for key, guide in now.items():
+            was: File | None = getattr(told, key)
+            if was is not None and guide is not None and guide.told["sha256"] != was.sha256:
+                yield f"{self.picture}: was drawn with another picture than {guide.told['name']}"
+        net = told.controlnet
+        if net is not None and isinstance(controlnet, dict) and controlnet["sha256"] != net.sha256:
+            yield f"{self.picture}: was drawn with another ControlNet than {controlnet['name']}"
 
     def as_strong(self, given: Sequence[AdapterSource]) -> list[Weighted]:
         """Return the adapters given, as strong as they were where no strength is asked for."""

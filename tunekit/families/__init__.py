@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunekit import registry
 from tunekit.errors import UserError
+from tunekit.families._control import load as controlnet
 from tunekit.families.base import Description, Family, ModelFolder
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "Description",
     "Family",
     "ModelFolder",
+    "controlnet",
     "describe",
     "get",
     "load",

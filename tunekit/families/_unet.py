@@ -29,6 +29,7 @@ HIDDEN = "encoder_hidden_states"
 class UNet(Latent):
     """UNet2DConditionModel over AutoencoderKL latents, conditioned on CLIP text encoders."""
 
+    controlnet = "ControlNetModel"
     latent_channels = 4
     size_multiple = 8
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {

@@ -98,6 +98,8 @@ class Family(ABC):
     LoRA is written so in the layout "kohya". Made when the base is loaded, and stays."""
     kohya_by_diffusers: ClassVar[bool] = True
     """Whether diffusers' loader for this family takes LoRA by the names of the kohya layout."""
+    controlnet: ClassVar[str] = ""
+    """The class of its ControlNets, by its diffusers name; empty: it takes none."""
     most_pixels: int = 8192
     """The longest edge that is drawn."""
 

@@ -66,6 +66,7 @@ _GUIDANCE = 1.0
 class Flux(Flow):
     """A transformer conditioned on T5's states and CLIP's pooled embedding."""
 
+    controlnet = "FluxControlNetModel"
     needs = (
         "for FLUX.1: transformer FluxTransformer2DModel with 64 input channels, vae AutoencoderKL, "
         "text_encoder CLIPTextModel, text_encoder_2 T5EncoderModel, and a tokenizer of each"

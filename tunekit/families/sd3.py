@@ -73,6 +73,7 @@ class StableDiffusion3(Flow):
     Beside them it is given both CLIPs' pooled embeddings.
     """
 
+    controlnet = "SD3ControlNetModel"
     needs = (
         "for Stable Diffusion 3: transformer SD3Transformer2DModel with 16 input channels, vae "
         "AutoencoderKL, text_encoder and text_encoder_2 CLIPTextModelWithProjection, "
