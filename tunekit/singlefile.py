@@ -1,7 +1,8 @@
-"""A base as one file in the naming of its first release, read by diffusers' own conversion.
+"""A base as one file in the naming of its first release.
 
-The file holds weights alone. What they are weights of (configurations, tokenizer) is read from a
-diffusers folder beside it.
+Read by diffusers' own conversion, or by a family's table of whose rows each tensor holds. The file
+holds weights alone. What they are weights of (configurations, tokenizer) is read from a diffusers
+folder beside it.
 """
 
 from __future__ import annotations

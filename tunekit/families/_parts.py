@@ -97,9 +97,11 @@ class Parts:
 
     def _from_file(self, kind: Any, folder: ModelFolder, path: Path, name: str) -> nn.Module:
         """Return a component of a base that is one file; what it lacks is read from the folder."""
+        if not self._partial:
+            return singlefile.load(kind, path, folder.path, name, self.dtype)
         outline = _outlined(kind, folder, name, buffers=False)
         table = self._table(name, outline)
-        if self._partial and not singlefile.holds(path, name if table is None else table):
+        if not singlefile.holds(path, name if table is None else table):
             if not folder.has_weights(name):
                 raise UserError(
                     f"{path}: holds no weights of {name}, and {folder.path} has none: name a "
