@@ -143,3 +143,22 @@ def test_more_steps_are_free_until_the_rate_falls(
     assert find(tmp_path, early, made(9), False, finished=False).step == 5
     with pytest.raises(UserError, match=r"train\.steps: 6 -> 9\n  \(the 6 steps that were taken"):
         find(tmp_path, None, made(9), False, finished=False)
+
+
+def test_an_fp16_checkpoint_without_its_scale_is_refused(
+    tree: Callable[..., Tree], tmp_path: Path
+) -> None:
+    """Also where its meta.json says that none was saved: the recipe tells that there was one."""
+    recipe = recipe_from(tree(train={"precision": "fp16"}))
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+    sets = {name: {"a": torch.ones(2)} for name in ("adapter", "optimizer", "guards", "scaler")}
+
+    def found() -> None:
+        facts = {"step": 1, "sets": sorted(sets)}
+        checkpoint.save(tmp_path / "checkpoints" / "step-000001", sets, facts)
+        find(tmp_path, None, recipe, allow_changed=False, finished=False)
+
+    found()
+    del sets["scaler"]
+    with pytest.raises(UserError, match="step-000001: has no scaler state"):
+        found()

@@ -66,6 +66,8 @@ def find(
         needed |= {"ema", "trained"} if former.recipe.train.ema_export else {"ema"}
     if former.recipe.train.optimizer == "schedulefree_adamw":  # it draws with others than it trains
         needed |= {"trained"}
+    if former.recipe.train.precision == "fp16":  # its scale would begin anew, and skip steps again
+        needed |= {"scaler"}
     if missing := sorted(needed - saved.tensors.keys()):
         raise UserError(
             f"{folder}: has no {' and no '.join(missing)} state, so nothing can go on from here as "
