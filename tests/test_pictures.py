@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tunekit.errors import UserError
-from tunekit.pictures import grid, read_settings, readable, save_png
+from tunekit.pictures import grid, read_settings, readable, save, save_png
 
 SETTINGS = {
     "prompt": "ein zörp, 二",
@@ -117,3 +118,40 @@ class TestGrid:
 
     def test_no_more_columns_than_pictures(self) -> None:
         assert grid([Image.new("RGB", (200, 100))], 7).size == (216, 116)
+
+
+class TestExif:
+    """The same in JPEG and WebP."""
+
+    @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+    def test_settings_come_back(self, suffix: str, picture: Image.Image, tmp_path: Path) -> None:
+        path = tmp_path / f"one{suffix}"
+        save(picture, path, SETTINGS)
+        assert read_settings(path) == SETTINGS
+        with Image.open(path) as read:
+            far = np.abs(np.asarray(read, np.int64) - np.asarray(picture, np.int64))
+            comment = read.getexif().get_ifd(0x8769)[0x9286]
+        assert far.max() == 0 if suffix == ".webp" else far.mean() < 8
+        assert comment == b"UNICODE\0" + readable(SETTINGS).encode("utf-16-be")
+
+    def test_what_there_is_no_room_for(self, picture: Image.Image, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"room for 65000: save it as PNG"):
+            save(picture, tmp_path / "one.jpg", SETTINGS | {"prompt": "x" * 40_000})
+        assert not list(tmp_path.iterdir())
+
+    def test_what_is_not_ours(self, picture: Image.Image, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        for number, text in enumerate(
+            ("a holiday", "tunekit {", "tunekit []", "tunekit " + "[" * 9000)
+        ):
+            exif[0x010E] = text
+            picture.save(tmp_path / f"{number}.jpg", exif=exif)
+            with pytest.raises(UserError, match=r"holds no settings|are not "):
+                read_settings(tmp_path / f"{number}.jpg")
+        save(picture, tmp_path / "good.jpg", SETTINGS)
+        data = (tmp_path / "good.jpg").read_bytes()
+        for at in range(0, 400, 3):
+            broken = data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
+            (tmp_path / "broken.jpg").write_bytes(broken)
+            with contextlib.suppress(UserError):  # nothing else may come of it
+                assert isinstance(read_settings(tmp_path / "broken.jpg"), dict)

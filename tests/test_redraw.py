@@ -113,6 +113,20 @@ class TestAgain:
         far = [abs(a - b) for a, b in zip(pixels(alone), pixels(made.pictures[1]), strict=True)]
         assert max(far) <= 1, "a batch is the same pictures, but for rounding"
 
+    @pytest.mark.parametrize("form", ["webp", "jpeg"])
+    def test_from_exif(self, form: str, drawn: Path) -> None:
+        request = Request(picture=drawn)
+        made = generate(request, device="cpu", form=form, note=lambda told: None).pictures[0]
+        assert made.suffix == {"webp": ".webp", "jpeg": ".jpg"}[form]
+        assert read_settings(made) == read_settings(drawn)
+        told: list[str] = []
+        again = draw(told, picture=made).pictures[0]
+        assert pixels(again) == pixels(drawn)
+        same = {"webp": "drawn again, equal pixel for pixel", "jpeg": "keeps pixels nearly"}[form]
+        assert same in told[0]
+        with pytest.raises(UserError, match=r'format: must be png, jpeg, webp, not "jpg"'):
+            generate(request, device="cpu", form="jpg")
+
     def test_with_something_else_asked_for(self, drawn: Path) -> None:
         told: list[str] = []
         made = draw(told, picture=drawn, steps=3, count=2)

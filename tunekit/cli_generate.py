@@ -140,6 +140,9 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="The folder.", show_default="a new one in generated/")
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="png, webp (every pixel kept) or jpeg.")
+    ] = "png",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace pictures that are there already.")
     ] = False,
@@ -182,6 +185,7 @@ def generate(
         request,
         out,
         overwrite=overwrite,
+        form=form,
         progress=lambda drawn: typer.echo(
             f"{drawn.number}/{drawn.total}  {drawn.prompt} (seed {drawn.seed})", err=True
         ),

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from tunekit import inference
 from tunekit.drawing import Wanted, settings_of
-from tunekit.errors import UserError
+from tunekit.errors import UserError, did_you_mean
 from tunekit.inference import Drawn, Painter
 from tunekit.mounted import AdapterSource, sources
-from tunekit.pictures import grid, save_png
+from tunekit.pictures import SUFFIXES, grid, save, save_png
 from tunekit.request import Plan, plan
 from tunekit.request import Request as Request
 from tunekit.runfolder import RECIPE
@@ -84,17 +84,23 @@ def generate(
     device: str | torch.device | None = None,
     progress: Callable[[Drawn], object] | None = None,
     note: Callable[[str], object] = say,
+    form: str = "png",
 ) -> Generated:
-    """Draw what is asked for into a folder of PNGs, each with its settings inside, and a grid.
+    """Draw what is asked for into a folder of pictures with their settings inside, and a grid.
 
     out: default ``generated/NAME-001`` (or the next free number) in the working directory, never in
     the run's own folder, which ``train --overwrite`` clears. overwrite: whether `out` may hold
     pictures of an earlier call; those of the same name are replaced. progress: called with every
     picture once it is written. note: told what differs from a picture that is drawn again.
+    form: png, or jpeg or webp; the grid is a PNG.
 
     Raises UserError where something is missing, unsafe, unknown or contradictory; nothing is
     written before everything has been loaded.
     """
+    if form not in SUFFIXES:
+        raise UserError(
+            f'format: must be {", ".join(SUFFIXES)}, not "{form}"{did_you_mean(form, SUFFIXES)}'
+        )
     decided = plan(request)
     folder = _folder(out, decided.name, overwrite)
     painter = inference.load(
@@ -104,9 +110,9 @@ def generate(
         note(difference)
     drawn, paths = [], []
     for picture in painter.draw_all(decided.wanted):
-        name = f"{picture.number:03d}-{_slug(picture.prompt)}-seed{picture.seed}.png"
+        name = f"{picture.number:03d}-{_slug(picture.prompt)}-seed{picture.seed}{SUFFIXES[form]}"
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(picture.image, folder / name, picture.settings)
+        save(picture.image, folder / name, picture.settings)
         paths.append(folder / name)
         drawn.append(picture)
         if progress is not None:
@@ -190,9 +196,13 @@ def _folder(out: Path | None, name: str, overwrite: bool) -> Path:
         return _FOLDER / next(folder for folder in free if folder not in taken)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the pictures")
-    if not overwrite and out.is_dir() and any(out.glob("*.png")):
+    if not overwrite and out.is_dir() and _pictures(out):
         raise UserError(f"{out}: holds pictures already; name another folder or give --overwrite")
     return out
+
+
+def _pictures(folder: Path) -> bool:
+    return any(path.suffix in SUFFIXES.values() for path in folder.iterdir())
 
 
 def _slug(prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that carry the settings they were drawn with, and labelled grids."""
+"""Pictures as files that carry the settings they were drawn with, and labelled grids."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -18,7 +19,12 @@ from tunekit.wholefile import whole_file
 KEY = "tunekit"  # PNG text: every setting as JSON
 READABLE = "parameters"  # PNG text: the same for people, in the form that web UIs display
 
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+"""The kinds of file that pictures are saved as, and what their names end in."""
 _LONGEST = 100_000  # characters of settings
+_MOST_EXIF = 65_000  # bytes; a JPEG has room for no more
+# EXIF's places: a description of the picture, which is ASCII; the part with comments; a comment.
+_DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286
 
 MARGIN = 8
 SMALLEST_CELL = 160  # pixels; smaller pictures are enlarged so that their labels can be read
@@ -35,16 +41,45 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, JsonValue]) 
     info = PngInfo()
     info.add_text(READABLE, readable(settings))
     info.add_text(KEY, json.dumps(dict(settings), ensure_ascii=False))
+    _write(image, path, "PNG", pnginfo=info)
+
+
+def save(image: Image.Image, path: Path, settings: Mapping[str, JsonValue]) -> None:
+    """Write `image` as the kind of file that `path` ends in (`SUFFIXES`), as `save_png` does.
+
+    In JPEG and WebP the settings stand in EXIF: as JSON in the description, and for people in the
+    comment that web UIs display. WebP keeps every pixel, JPEG nearly. Raises UserError also for
+    settings that EXIF has no room for.
+    """
+    if path.suffix == SUFFIXES["png"]:
+        save_png(image, path, settings)
+        return
+    exif = Image.Exif()
+    exif[_DESCRIPTION] = f"{KEY} {json.dumps(dict(settings))}"
+    exif.get_ifd(_EXIF)[_COMMENT] = b"UNICODE\0" + readable(settings).encode("utf-16-be")
+    data = exif.tobytes()
+    if len(data) > _MOST_EXIF:
+        raise UserError(
+            f"{path}: its settings are {len(data)} bytes, and such a file has room for "
+            f"{_MOST_EXIF}: save it as PNG"
+        )
+    if path.suffix == SUFFIXES["webp"]:
+        _write(image, path, "WEBP", exif=data, lossless=True)
+    else:
+        _write(image, path, "JPEG", exif=data, quality=95, subsampling=0)
+
+
+def _write(image: Image.Image, path: Path, kind: str, **how: Any) -> None:
     try:
         with whole_file(path) as part:
-            image.save(part, format="PNG", pnginfo=info)
+            image.save(part, format=kind, **how)
     except OSError as fault:
         why = fault.strerror or str(fault)
         raise UserError(f"{path}: cannot be written: {why}") from fault
 
 
 def read_settings(path: Path) -> dict[str, JsonValue]:
-    """Return the settings that `save_png` wrote into the PNG at `path`.
+    """Return the settings that `save_png` or `save` wrote into the picture at `path`.
 
     Nothing but the file's head is decoded, and no more than 100,000 characters are read. Raises
     UserError where the file is missing, is no picture, or was not drawn by tunekit.
@@ -53,13 +88,13 @@ def read_settings(path: Path) -> dict[str, JsonValue]:
         # Of the size of what nobody decodes here.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            with Image.open(path, formats=("PNG",)) as image:
-                text = image.info.get(KEY)
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+                text = image.info.get(KEY) if image.format == "PNG" else _described(image)
         except FileNotFoundError as fault:
             raise UserError(f"{path}: no such file") from fault
         except UnidentifiedImageError:
-            raise UserError(f"{path}: not a picture that can be read (PNG is)") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+            raise UserError(f"{path}: not a picture that can be read (PNG, JPEG, WebP)") from None
+        except Exception as fault:  # hostile bytes make decoders raise anything; each is a fault
             raise UserError(f"{path}: not a picture that can be read ({fault})") from fault
     if not isinstance(text, str):
         raise UserError(f"{path}: holds no settings of tunekit (was it re-saved by another tool?)")
@@ -72,6 +107,14 @@ def read_settings(path: Path) -> dict[str, JsonValue]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: its settings are not a JSON object")
     return settings
+
+
+def _described(image: Image.Image) -> str | None:
+    """Return the JSON in the EXIF description of a picture of ours; None of another's."""
+    text = image.getexif().get(_DESCRIPTION)
+    if not isinstance(text, str) or not text.startswith(f"{KEY} "):
+        return None
+    return text.removeprefix(f"{KEY} ")
 
 
 def readable(settings: Mapping[str, JsonValue]) -> str:
