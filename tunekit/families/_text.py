@@ -62,7 +62,8 @@ def cut_words(tokenizer: Any, prompt: str) -> str:
     whole = words.expand(tokenizer, prompt)
     ids = tokenizer(whole, truncation=False, verbose=False).input_ids
     cut: str = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
-    return cut
+    # A copy of CLIP's tokenizer, such as one with new words, does not know its ends of words.
+    return cut.replace("</w>", " ").strip()
 
 
 def unread(tokenizers: Mapping[str, Any], prompt: str) -> str:
