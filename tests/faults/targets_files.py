@@ -199,13 +199,19 @@ def _run(folder: Path) -> Path:
 
     run = folder / "run"
     for step in (2, 4):
-        groups = {name: {"a": torch.ones(3)} for name in ("adapter", "guards", "optimizer")}
+        sets = ("adapter", "ema", "guards", "optimizer", "trained")
+        groups = {name: {"a": torch.ones(3)} for name in sets}
         checkpoint.save(run / "checkpoints" / f"step-{step:06d}", groups, {"step": step})
     (folder / "pictures").mkdir()
-    plain = {**VALID, "data": {**VALID["data"], "source": str(folder / "pictures")}}
+    plain = {
+        **VALID,
+        "data": {**VALID["data"], "source": str(folder / "pictures")},
+        "train": {**VALID["train"], "steps": 9},
+    }
     (run / "recipe.yaml").write_text(dump_yaml(recipe_from(plain)))
     (run / "pictures.json").write_text('{"training": {"0.png": "ab"}}')
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
+    _read_run(shutil.copytree(run, folder / "copy"))  # one that is refused as it is proves nothing
     return run
 
 
