@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from resumed import HAT, TOLD, WORD, draw_pictures, recipe_of
 from two_ranks import STOP, Taken, take
 
 import tunekit
-from tunekit import checkpoint
+from tunekit import checkpoint, launch
 from tunekit.errors import UserError
 from tunekit.progress import Silent
 from tunekit.ranks import ALONE, Ranks, joined
@@ -271,6 +272,27 @@ def test_a_killed_process_ends_the_run_and_what_is_saved_goes_on(
     assert [line["step"] for line in lines] == list(range(1, stopped + 2)), "one writer, each once"
     assert "2 processes" in run.report.read_text()
     assert run.files
+
+
+def test_what_another_process_said_of_its_end_is_told(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first waits for it in vain, and is ended when its time is over."""
+    fault = 'import os\nif os.environ.get("RANK") == "1":\n'
+    fault += '    os.write(2, b"no luck here\\n")\n    os._exit(3)\n'
+    (tmp_path / "sitecustomize.py").write_text(fault)
+    paths = [str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+    out = tmp_path / "run"
+    words = ["train", str(written), "--out", str(out)]
+    with pytest.raises(UserError) as error:
+        launch.start(2, [*words, "--processes", "2"], out)
+    assert re.fullmatch(
+        r"no luck here\nprocess 1 of 2 \(pid \d+\) ended so, and the run with it; "
+        "nothing was saved yet",
+        str(error.value),
+    )
 
 
 def test_what_several_processes_cannot_train_is_refused(

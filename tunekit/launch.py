@@ -64,6 +64,12 @@ class _Worker:
             self.stopped = True
             self.process.kill()
 
+    def close(self) -> None:
+        """Let go of what leads to it."""
+        for end in (self.process.stdin, self._said):
+            if end is not None:
+                end.close()
+
     def said(self) -> str:
         """Return what it said of its end; the first one's was seen already."""
         if self._said is None:
@@ -115,11 +121,12 @@ def start(count: int, arguments: Sequence[str], folder: Path) -> int:
             store = _meeting_point(door)
             _watch(workers)
             del store
+            return _outcome(workers, folder)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.process.wait()
-    return _outcome(workers, folder)
+                worker.close()
 
 
 def _environment(count: int, port: int) -> dict[str, str]:
