@@ -21,7 +21,10 @@ from tunekit.adapters.base import Adapter
 from tunekit.data.dataset import Batch
 from tunekit.errors import UserError
 from tunekit.families.base import Family
+from tunekit.objective import Goal
+from tunekit.passes import passes_of
 from tunekit.progress import Silent
+from tunekit.ranks import ALONE
 from tunekit.recipe import RecipeError, recipe_from
 from tunekit.run import Run
 from tunekit.schema import Train
@@ -74,8 +77,10 @@ def kept_bytes(load_tiny: Load, **values: Any) -> int:
     """Return the bytes that a forward pass leaves behind for its backward pass."""
     family = load_tiny("sd")
     attached, pictures = attach(family), batch(family)
-    loop = Loop(family, attached, settings(**values))
-    (one,) = loop._passes(0, lambda s, m: pictures)
+    chosen = settings(**values)
+    loop = Loop(family, attached, chosen)
+    goal = Goal(chosen.objective, family.schedule)
+    (one,) = passes_of(0, lambda s, m: pictures, chosen, goal, ALONE)
     held: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ def kept_bytes(load_tiny: Load, **values: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loop._losses(one, 0)
+        loop._losses(one)
     return sum(held.values())
 
 

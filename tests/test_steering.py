@@ -300,8 +300,8 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
 
     batches = Prepared.batches
 
-    def spoiled(self: Prepared, settings: Any) -> Any:
-        given = batches(self, settings)
+    def spoiled(self: Prepared, settings: Any, ranks: Any) -> Any:
+        given = batches(self, settings, ranks)
 
         def rows(step: int, micro: int) -> Any:
             found = given(step, micro)
