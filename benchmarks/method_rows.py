@@ -101,7 +101,7 @@ def at_least(name: str, share: float) -> Expectation:
 
     def judge(rows: Mapping[str, Any]) -> tuple[bool, str]:
         found = closed(rows[name])
-        return found >= share, f"{found:.0f} %"
+        return found >= share, f"{found:.1f} %"
 
     return Expectation(f"{METHODS[name].title} closes {share:.0f} % or more", judge, (name,))
 
@@ -111,7 +111,7 @@ def beside(name: str, other: str, below: float) -> Expectation:
 
     def judge(rows: Mapping[str, Any]) -> tuple[bool, str]:
         found = closed(rows[name]) - closed(rows[other])
-        return found >= -below, f"{closed(rows[name]):.0f} %, {signed(found)} points"
+        return found >= -below, f"{closed(rows[name]):.1f} %, {signed(found)} points"
 
     text = f"no more than {below:.0f} points under" if below else "no less than"
     said = f"{METHODS[name].title}: {text} {METHODS[other].title}"

@@ -153,8 +153,9 @@ class TestContract:
         with pytest.raises(UserError, match=r'no scheduler "eulr".*did you mean "euler"'):
             load_tiny(name).pipeline("eulr")
 
-    def test_what_was_released_comes_back_the_same(self, name: str, load_tiny: Load) -> None:
-        family = load_tiny(name)
+    def test_what_was_released_comes_back_the_same(self, name: str, tiny_folder: Folder) -> None:
+        # from its files: a copy of weights lies elsewhere in memory, and sums are rounded otherwise
+        family = families.load(Base(model=str(tiny_folder(name))))
         pixels = torch.zeros(1, 3, family.default_resolution, family.default_resolution)
         before = family.encode_image(pixels), family.encode_prompt([PROMPT])
         held = [id(family.vae), *map(id, family.text_encoders.values())]
