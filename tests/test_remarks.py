@@ -10,12 +10,14 @@ from typing import Any
 
 from tunekit.recipe import dump_yaml, recipe_from
 
-# All that peft and diffusers import of what holds bases in few bits, then words that are others'.
+# All that peft and diffusers import of what holds bases in few bits, the readers
+# of pictures that transformers takes without torchvision, then words that are others'.
 _IMPORTED = """
 import logging
 import tunekit
 import peft
 import diffusers.quantizers.torchao.torchao_quantizer
+from transformers import CLIPImageProcessor, SiglipImageProcessor
 for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).warning("worth reading")
 """

@@ -26,6 +26,7 @@ _HELD_BACK = {
     "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor",),
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
+    "transformers.utils.import_utils": ("requires torchvision (not installed)",),
 }
 
 
