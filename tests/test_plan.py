@@ -14,6 +14,7 @@ from tunekit import adapters, tokens
 from tunekit.adapters.base import Adapter
 from tunekit.advice import lower_memory
 from tunekit.cli import app
+from tunekit.errors import UserError
 from tunekit.plan import Plan, plan, walk
 from tunekit.plan.memory import LIBRARIES
 from tunekit.plan.outline import Outline
@@ -218,6 +219,16 @@ def test_settings_lower_the_part_they_are_said_to(
         return next(phase for phase in ledger.phases if phase.name == walk.TRAINING).peak
 
     assert training(smaller).get(part, 0) < 0.8 * training({})[part]
+
+
+def test_what_training_refuses_of_the_base_plan_refuses_too(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe_from(tree(train={"gradient_checkpointing": True}))
+    outline = Outline.of(made)
+    monkeypatch.setattr(type(outline.family.denoiser), "_supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"^train\.gradient_checkpointing: "):
+        walk.walk(outline, made, ((32, 32), None))
 
 
 def test_says_steps_epochs_and_memory(tree: Tree, tmp_path: Path) -> None:
