@@ -21,7 +21,7 @@ from tunekit.preparation import prepare, quietly
 from tunekit.progress import Silent
 from tunekit.ranks import Ranks, joined
 from tunekit.recipe import Recipe, load_recipe
-from tunekit.run import train_as
+from tunekit.run import Request, train_as
 from tunekit.train import Loop
 
 NAN, RUN = ".nan", ".run"  # beside a recipe: a step with a number that is none; a whole run
@@ -105,7 +105,7 @@ def main(folder: Path) -> None:
         for path in sorted(folder.glob("*.yaml")):
             recipe, name = load_recipe(path), path.stem
             if RUN in path.suffixes:
-                train_as(own, recipe, out=folder / name, reporter=Silent())
+                train_as(own, Request(recipe, out=folder / name), Silent())
                 continue
             taken = take(own, recipe, nan=NAN in path.suffixes)
             again = take(own, recipe, taken.stopped, STOP)

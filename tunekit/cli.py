@@ -118,25 +118,17 @@ def train(
     """Teach what a recipe says. The adapter, samples, scores and a report stay in a folder."""
     from tunekit import launch, ranks
     from tunekit.interrupts import Interrupted
-    from tunekit.progress import OnScreen
-    from tunekit.run import train_as
+    from tunekit.run import Request, train_as
 
     if (processes or 1) > 1 and ranks.started() == 1:
         options = {"--out": out, "--resume": resume, "--processes": processes}
         flags = {"--overwrite": overwrite, "--allow-changed": allow_changed, "--json": as_json}
         raise typer.Exit(launch.train(recipe, overrides or (), options, flags))
+    point = resume is not None if resume in (None, LATEST) else resume
+    asked = Request(recipe, overrides or (), out, overwrite, point, allow_changed)
     try:
         with ranks.joined(processes) as own:
-            run = train_as(
-                own,
-                recipe,
-                overrides or (),
-                out=out,
-                overwrite=overwrite,
-                reporter=OnScreen(),
-                resume=resume is not None if resume in (None, LATEST) else resume,
-                allow_changed=allow_changed,
-            )
+            run = train_as(own, asked)
     except (Interrupted, ranks.RankLostError) as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tunekit.resume import Point
     from tunekit.samples import Samples
 
-__all__ = ["Run", "train"]
+__all__ = ["Request", "Run", "train"]
 
 RUNS = Path("runs")
 _MARKS = {"good": "+", "fair": "~", "poor": "!"}
@@ -75,6 +75,46 @@ class Run:
         ]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained, and what becomes of a run that stands there.
+
+    recipe: a file, a mapping with a recipe's keys, or a Recipe. overrides: ``KEY=VALUE`` texts.
+    out: the run's folder, by default ``runs/NAME``. overwrite: replace a run that is there.
+    resume: go on with the run that stands there, from its last checkpoint (True) or from this one;
+    the result is bit for bit that of a run never stopped. allow_changed: even where the recipe is
+    not the one it was started with.
+    """
+
+    recipe: Path | str | Mapping[str, Any] | Recipe
+    overrides: Sequence[str] = ()
+    out: Path | str | None = None
+    overwrite: bool = False
+    resume: bool | Path | str = False
+    allow_changed: bool = False
+
+    def point(self, writer: RunWriter, recipe: Recipe) -> Point | None:
+        """Return where the run goes on, None for one that begins; UserError if it may do neither.
+
+        recipe: that of the request, as resolved.
+        """
+        from tunekit.errors import UserError
+        from tunekit.resume import find
+
+        if self.resume is False:
+            if self.allow_changed:
+                raise UserError("--allow-changed belongs to --resume")
+            writer.check(self.overwrite)
+            return None
+        if self.overwrite:
+            raise UserError(
+                "--overwrite starts a run afresh and --resume goes on with it: take one"
+            )
+        writer.check(overwrite=False, resume=True)
+        wanted = None if self.resume is True else Path(self.resume)
+        return find(writer.path, wanted, recipe, self.allow_changed, finished=writer.finished())
+
+
 def train(
     recipe: Path | str | Mapping[str, Any] | Recipe,
     overrides: Sequence[str] = (),
@@ -86,12 +126,8 @@ def train(
 ) -> Run:
     """Teach what a recipe says, and return the finished run.
 
-    recipe: a file, a mapping with a recipe's keys, or a Recipe. overrides: ``KEY=VALUE`` texts.
-    out: the run's folder, by default ``runs/NAME``. overwrite: replace a run that is there.
-    reporter: who is told of the progress; None: bars or lines on stderr. resume: go on with the
-    run that stands there, from its last checkpoint (True) or from this one; the result is bit for
-    bit that of a run never stopped. allow_changed: even where the recipe is not the one it was
-    started with.
+    The arguments are those of `Request`; reporter: who is told of the progress; None: bars or
+    lines on stderr.
 
     SIGTERM and Ctrl-C end a run in training after the step in hand, saved, with Interrupted.
     Raises UserError for whatever the user can mend, and where it can be known beforehand then with
@@ -105,21 +141,14 @@ def train(
             f"{count} processes were started (WORLD_SIZE), and each would train the same by "
             "itself: start `tunekit train RECIPE --processes N` alone"
         )
-    run = train_as(ALONE, recipe, overrides, out, overwrite, reporter, resume, allow_changed)
+    run = train_as(
+        ALONE, Request(recipe, overrides, out, overwrite, resume, allow_changed), reporter
+    )
     assert run is not None, "alone it leads"
     return run
 
 
-def train_as(
-    ranks: Ranks,
-    recipe: Path | str | Mapping[str, Any] | Recipe,
-    overrides: Sequence[str] = (),
-    out: Path | str | None = None,
-    overwrite: bool = False,
-    reporter: Reporter | None = None,
-    resume: bool | Path | str = False,
-    allow_changed: bool = False,
-) -> Run | None:
+def train_as(ranks: Ranks, asked: Request, reporter: Reporter | None = None) -> Run | None:
     """Do one process's part of `train`, and return the run; None for those that do not lead."""
     from tunekit.data import Cache
     from tunekit.interrupts import heard
@@ -128,48 +157,29 @@ def train_as(
     from tunekit.resume import compare_pictures
 
     began = time.monotonic()
-    resolved = recipe_from(recipe, overrides)
-    writer = RunWriter(Path(out) if out is not None else RUNS / resolved.name)
-    with outofmemory.told(lambda: "while the checkpoint was read", resolved):
-        point = _point(writer, resolved, overwrite, resume, allow_changed)
+    recipe = recipe_from(asked.recipe, asked.overrides)
+    writer = RunWriter(Path(asked.out) if asked.out is not None else RUNS / recipe.name)
+    with outofmemory.told(lambda: "while the checkpoint was read", recipe):
+        point = asked.point(writer, recipe)
     reporter = (reporter or OnScreen()) if ranks.leads else Silent()
     cache = Cache(say=reporter.note)
     with quietly(), heard(reporter.note) as wish, cache.using(), ranks.told():
-        with ranks.in_turn(), outofmemory.told(lambda: "while the run was prepared", resolved):
-            prepared = prepare(resolved, reporter, cache, ranks)
+        with ranks.in_turn(), outofmemory.told(lambda: "while the run was prepared", recipe):
+            prepared = prepare(recipe, reporter, cache, ranks)
         if point is not None:
-            compare_pictures(writer.path, prepared.manifest(), allow_changed)
-        session = _Session(resolved, writer, reporter, prepared, wish, ranks, point)
+            compare_pictures(writer.path, prepared.manifest(), asked.allow_changed)
+        session = _Session(recipe, writer, reporter, prepared, wish, ranks, point)
         writer.check_space(session.space_needed())
         session.course.prepare()
         if not ranks.leads:
             session.course.train(Log(writer.path))  # which is never opened
             return None
         session.seconds["preparing"] = time.monotonic() - began
-        with writer.claim(overwrite, point.step if point else None) as killed:
+        with writer.claim(asked.overwrite, point.step if point else None) as killed:
             if killed is not None:
                 reporter.note(f"{writer.path}: the run before ({killed}) was killed")
             with session.keeper.keeping():
                 return session.run()
-
-
-def _point(
-    writer: RunWriter, recipe: Recipe, overwrite: bool, resume: bool | Path | str, allowed: bool
-) -> Point | None:
-    """Return where a run goes on, None for one that begins; UserError where it may do neither."""
-    from tunekit.errors import UserError
-    from tunekit.resume import find
-
-    if resume is False:
-        if allowed:
-            raise UserError("--allow-changed belongs to --resume")
-        writer.check(overwrite)
-        return None
-    if overwrite:
-        raise UserError("--overwrite starts a run afresh and --resume goes on with it: take one")
-    writer.check(overwrite=False, resume=True)
-    wanted = None if resume is True else Path(resume)
-    return find(writer.path, wanted, recipe, allowed, finished=writer.finished())
 
 
 @dataclass
