@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from resumed import (
 )
 from test_resume import Killed
 from tiny import FAMILIES
+from torch._dynamo.utils import counters
 
 from tunekit import adapters, checkpoint
 from tunekit.recipe import Recipe, dump_yaml
@@ -175,6 +177,32 @@ def test_every_family_goes_on(
     recipe = made({"adapter": TEXT}, tiny_folder(family))
     whole = Live(recipe, tmp_path)
     records = whole.go(0, STEPS, saving=True)
+    resumed = Live(recipe, tmp_path)
+    resumed.take_up(STOP)
+    assert_ended_alike(whole, records, resumed, resumed.go(STOP, STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings(  # torch's own, when it compiles
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)
+def test_compiled_blocks_go_on(
+    made: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part compiles its own, as another process would; dropout draws within the blocks."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    way: Tree = {
+        "adapter": {**LORA, "dropout": 0.3},
+        "train": {"compile": True, "ema": 0.9},
+    }
+    recipe = made(way)
+    torch._dynamo.reset()
+    counters.clear()
+    whole = Live(recipe, tmp_path)
+    records = whole.go(0, STEPS, saving=True)
+    assert counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
     resumed = Live(recipe, tmp_path)
     resumed.take_up(STOP)
     assert_ended_alike(whole, records, resumed, resumed.go(STOP, STEPS))
