@@ -162,19 +162,32 @@ def test_the_base_is_as_large_as_it_is_said(kind: str | None, tree: Tree) -> Non
     }
 
 
-def test_activations_are_those_of_a_real_pass(tree: Tree, load_tiny: Load) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        walk.Sizes((32, 32)),
+        walk.Sizes((32, 32), (32, 32)),
+        walk.Sizes((32, 32), (32, 32), together=True),
+        walk.Sizes((24, 32), (32, 32), together=True),
+    ],
+    ids=str,
+)
+def test_activations_are_those_of_a_real_pass(
+    tree: Tree, load_tiny: Load, sizes: walk.Sizes
+) -> None:
     """What is saved for the backward pass, against torch's own hooks around a real one."""
     import torch
 
     made = recipe_from(tree())
-    ledger = walk.walk(Outline.of(made), made, ((32, 32), None))
+    count = 2 * made.train.batch_size if sizes.together else made.train.batch_size
+    ledger = walk.walk(Outline.of(made), made, sizes)
     training = next(phase for phase in ledger.phases if phase.name == walk.TRAINING)
 
     family = load_tiny()
     adapter = attached(made, family)
     adapter.train()
     with torch.no_grad():
-        told = family.encode_prompt(["a"] * 2)
+        told = family.encode_prompt(["a"] * count)
     frozen = {
         tensor.untyped_storage().data_ptr()
         for module in family.components().values()
@@ -189,8 +202,8 @@ def test_activations_are_those_of_a_real_pass(tree: Tree, load_tiny: Load) -> No
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        noise = torch.randn(2, 4, 8, 8)
-        predicted = family.predict(noise, torch.ones(2, dtype=torch.int64), told)
+        noise = torch.randn(count, 4, 8, 8)
+        predicted = family.predict(noise, torch.ones(count, dtype=torch.int64), told)
         loss = ((predicted.float() - noise) ** 2).mean()
     real = sum(storage.nbytes() for storage in saved.values())
     assert loss.requires_grad
@@ -215,7 +228,7 @@ def test_settings_lower_the_part_they_are_said_to(
         whole = {"train": {"ema": 0.9, "batch_size": 4}, "adapter": {"kind": "lora", "rank": 4}}
         merged = {key: value | sections.get(key, {}) for key, value in whole.items()}
         made = recipe_from(tree(**merged))
-        ledger = walk.walk(Outline.of(made), made, ((32, 32), None))
+        ledger = walk.walk(Outline.of(made), made, walk.Sizes((32, 32)))
         return next(phase for phase in ledger.phases if phase.name == walk.TRAINING).peak
 
     assert training(smaller).get(part, 0) < 0.8 * training({})[part]
@@ -228,7 +241,7 @@ def test_what_training_refuses_of_the_base_plan_refuses_too(
     outline = Outline.of(made)
     monkeypatch.setattr(type(outline.family.denoiser), "_supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match=r"^train\.gradient_checkpointing: "):
-        walk.walk(outline, made, ((32, 32), None))
+        walk.walk(outline, made, walk.Sizes((32, 32)))
 
 
 def test_says_steps_epochs_and_memory(tree: Tree, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ class TestWeights:
                 batch, prior=True, weights=torch.full((4,), weight), names=("class",) * 4
             )
             told = record(lambda step, micro, p=prior: [batch, p])
-            assert told.loss == alone.loss
+            assert told.loss == pytest.approx(alone.loss, rel=1e-5)
             found[weight] = told
         first, other = found[1.0].prior_loss, found[0.25].prior_loss
         assert first is not None
@@ -337,6 +337,34 @@ class TestWeights:
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
         wide = dataclasses.replace(whole, latents=whole.latents.repeat(1, 1, 1, 2))
         assert record(lambda step, micro: [pictures(0, 0), wide]).loss == one.loss
+
+    @pytest.mark.parametrize("marked", ["subject", "class", "both", "none"])
+    def test_pictures_of_one_shape_share_a_pass_and_change_nothing_by_it(
+        self, family: Family, record: Any, marked: str
+    ) -> None:
+        """What one kind says of its pictures (weights, masks) is not said of the other's."""
+        pictures, counts = Pictures(family), list[int]()
+        family.denoiser.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+        batch = pictures(0, 0)
+        mask = torch.zeros_like(batch.latents[:, :1])
+        mask[..., :2] = 1
+        says = {"weights": torch.tensor([1.0, 0.5, 2.0, 0.25]), "mask": mask}
+        subject = dataclasses.replace(batch, **says if marked in ("subject", "both") else {})
+        own = {"prior": True, "names": ("class",) * 4}
+        prior = dataclasses.replace(batch, **own | (says if marked in ("class", "both") else {}))
+        wide = dataclasses.replace(prior, latents=prior.latents.repeat(1, 1, 1, 2), mask=None)
+        alone, other = record(lambda *_: subject), record(lambda *_: [pictures(0, 0), prior])
+        assert counts == [4, 8]
+        both = record(lambda *_: [subject, prior])
+        assert both.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert both.prior_loss == pytest.approx(other.prior_loss, rel=1e-5)
+        assert both.images_per_second * both.seconds == pytest.approx(8)
+        counts.clear()
+        assert record(lambda *_: [subject, wide]).loss == pytest.approx(alone.loss, rel=1e-5)
+        assert counts == [4, 4]
+        counts.clear()
+        record(lambda *_: [subject, prior], batch_size=2, gradient_accumulation=2)
+        assert counts == [8, 8]
 
     def test_a_bad_picture_of_the_class_is_named(self, family: Family, record: Any) -> None:
         batch = Pictures(family)(0, 0)

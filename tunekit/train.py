@@ -27,7 +27,7 @@ from tunekit.objective import Goal
 from tunekit.optim import build_optimizer, build_schedule, load_state_tensors, state_tensors
 from tunekit.optim.average import Ema, Weights
 from tunekit.optim.fused import Stepping
-from tunekit.passes import Batches, Pass, passes_of
+from tunekit.passes import Batches, Part, Pass, passes_of
 from tunekit.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -223,7 +223,8 @@ class Loop:
             self._take(step, found.norm, overflow)
         elif self.accelerator.scaler is not None and found.clipped:
             self.accelerator.scaler.update()  # it waits for a step that never comes
-        shown = self.ranks.count * sum(len(one.batch.names) for one in passes)
+        parts = [part for one in passes for part in one.parts]
+        shown = self.ranks.count * sum(len(part.batch.names) for part in parts)
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step + 1,
@@ -235,7 +236,7 @@ class Loop:
             memory_bytes=peak_memory(self.family.device),
             seconds=seconds,
             skipped=overflow or not taken,
-            prior_loss=found.prior if any(one.batch.prior for one in passes) else None,
+            prior_loss=found.prior if any(part.batch.prior for part in parts) else None,
             noticed=noticed,
             skips=self.guards.skips,
             spike=found.fault.spike if found.fault else None,
@@ -249,20 +250,21 @@ class Loop:
         everyone: list[Seen] = []
         for one in passes:
             with self._reproducible(one), self._averaging(one is passes[-1]):
-                each = self._computed(one)
-                # The mean over the whole step, whatever the sizes of its parts; the pictures of
-                # the class have a mean of their own, beside that of the subject.
-                part = each.sum() / one.total
-                values, pictures, loss = self._of_all(one, each, part)
-                if fault := self.guards.losses(values, pictures):
-                    return _Found(fault=fault)
+                shares = []
+                for part, each in one.split(self._computed(one)):
+                    # The mean over the whole step, whatever the sizes of its parts; the pictures
+                    # of the class have a mean of their own, beside that of the subject.
+                    shares.append(each.sum() / part.total)
+                    values, pictures, loss = self._of_all(part, each, shares[-1])
+                    if fault := self.guards.losses(values, pictures):
+                        return _Found(fault=fault)
+                    losses[part.batch.prior] += loss
+                    everyone += pictures
+                    if not part.batch.prior:
+                        subject += values
+                        seen += pictures
                 self.whole = self._fused is None  # else steps are taken from here on
-                self.accelerator.backward(part)
-            losses[one.batch.prior] += loss
-            everyone += pictures
-            if not one.batch.prior:
-                subject += values
-                seen += pictures
+                self.accelerator.backward(sum(shares[1:], shares[0]))
         norm = self._clip()
         fault = None
         if not self._overflows(norm):
@@ -270,10 +272,10 @@ class Loop:
         return _Found(losses[False], losses[True], norm, fault, clipped=True)
 
     def _of_all(
-        self, one: Pass, each: Tensor, part: Tensor
+        self, part: Part, each: Tensor, share: Tensor
     ) -> tuple[list[float], list[Seen], float]:
-        """Return the losses and pictures of a pass and its part of the step's, of all processes."""
-        told = self.ranks.gather([each.detach().tolist(), one.seen(), part.item()])
+        """Return a part's losses and pictures and its share of the step's, of all processes."""
+        told = self.ranks.gather([each.detach().tolist(), part.seen(), share.item()])
         values = [value for some, _, _ in told for value in some]
         pictures = [Seen(*picture) for _, some, _ in told for picture in some]
         return values, pictures, sum(loss for _, _, loss in told) / self.ranks.count
@@ -297,7 +299,7 @@ class Loop:
 
     def _losses(self, one: Pass) -> Tensor:
         """Return the weighted loss of each picture, [B]."""
-        family, batch, goal = self.family, one.batch, self._goal
+        family, batch, goal = self.family, one.joined(), self._goal
         latents = batch.latents.to(family.device, torch.float32)
         noise, seen = (part.to(family.device) for part in one.noise(goal, self.settings.seed))
         timesteps = one.timesteps.to(family.device)
@@ -318,10 +320,10 @@ class Loop:
         device = self.family.device
         fused = self._fused.during() if self._fused else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), fused:
-            purpose = f"{one.kind}layers/{one.micro}"
+            purpose = f"{one.kind}layers/{one.parts[0].micro}"
             if self.ranks.count > 1:  # whose pictures are others
                 purpose += f"/{self.ranks.rank} of {self.ranks.count}"
-            torch.manual_seed(seeding.derive(self.settings.seed, purpose, one.step))
+            torch.manual_seed(seeding.derive(self.settings.seed, purpose, one.parts[0].step))
             yield
 
     def _clip(self) -> float:

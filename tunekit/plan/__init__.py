@@ -19,7 +19,7 @@ from tunekit.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from tunekit.plan.memory import Memory, Moment
     from tunekit.plan.probe import Times
-    from tunekit.plan.walk import Size
+    from tunekit.plan.walk import Size, Sizes
 
 # What is less than this share of the peak is not worth a setting.
 _WORTH = 0.03
@@ -198,7 +198,7 @@ def plan(
         made,
         trained=outline.counts(),
         base={name: dict(kinds) for name, kinds in outline.base.items()},
-        size=sizes[0],
+        size=sizes.largest,
         subject=counts[0],
         prior=counts[1],
         memory=memory,
@@ -227,20 +227,21 @@ def _device() -> str:
     return default_device().type
 
 
-def _sizes(found: Inspection) -> tuple[Size, Size | None]:
-    """Return the sizes in pixels of the largest pictures: to train on, and of the class."""
+def _sizes(found: Inspection) -> Sizes:
+    from tunekit.plan.walk import Sizes
+
     sheet = found.sheet
-    fits = [
-        crop
+    sizes = {
+        (fit.width, fit.height)
         for resolution in sheet.resolutions
         for example in sheet.examples
-        for crop in sheet.crops(example, resolution)
-    ]
-    largest = max(((fit.width, fit.height) for fit in fits), key=lambda size: size[0] * size[1])
+        for fit in sheet.crops(example, resolution)
+    }
+    largest = max(sizes, key=lambda size: size[0] * size[1])
     if sheet.data.prior is None:
-        return largest, None
+        return Sizes(largest)
     edge = sheet.resolutions[0]
-    return largest, (edge, edge)
+    return Sizes(largest, (edge, edge), (edge, edge) in sizes)
 
 
 def _counted(recipe: Recipe, found: Inspection) -> tuple[Counted, Counted | None]:

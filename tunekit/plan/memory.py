@@ -59,15 +59,14 @@ class Memory:
 def estimate(
     outline: Outline,
     recipe: Recipe,
-    sizes: tuple[way.Size, way.Size | None],
+    sizes: way.Sizes,
     device: str,
     libraries: int,
 ) -> Memory:
     """Return what a run takes.
 
-    sizes: of the largest pictures that train and of those of the class, in pixels. libraries: bytes
-    of the process without a run. On a GPU it is the GPU's memory that is told: there are no
-    libraries in it, and nothing is mapped from files.
+    libraries: bytes of the process without a run. On a GPU it is the GPU's memory that is told:
+    there are no libraries in it, and nothing is mapped from files.
     """
     on_cpu = device == "cpu"
     heap = Heap.here() if on_cpu else None

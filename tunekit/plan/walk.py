@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,23 +39,26 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
-def walk(
-    outline: Outline, recipe: Recipe, sizes: tuple[Size, Size | None], heap: Heap | None = None
-) -> Ledger:
-    """Go through a run and return what it allocated.
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of pictures. largest: of those that train. prior: of those of the class, None
+    without. together: whether some that train are of that size, and share a pass with them."""
 
-    sizes: of the largest pictures that train, and of those of the class, None without. heap: the
-    allocator, asked for the same.
-    """
-    size, prior = sizes
+    largest: Size
+    prior: Size | None = None
+    together: bool = False
+
+
+def walk(outline: Outline, recipe: Recipe, sizes: Sizes, heap: Heap | None = None) -> Ledger:
+    """Go through a run and return what it allocated. heap: the allocator, asked for the same."""
     ledger = outline.ledger(heap)
     run = _Run(outline, recipe, ledger)
     with outline.mode, ledger, _quiet():
-        run.prepare(size)
+        run.prepare(sizes.largest)
         if recipe.train.sample_every:
             with ledger.phase(FIRST):
                 run.draw()
-        run.train(size, prior)
+        run.train(sizes)
         run.save()
         with ledger.phase(DRAWING):
             run.draw()
@@ -115,13 +119,16 @@ class _Run:
         picture = self.family.vae.decode(noisy, return_dict=False)[0]
         (picture / 2 + 0.5).clamp(0, 1).float()
 
-    def train(self, size: Size, prior: Size | None) -> None:
+    def train(self, sizes: Sizes) -> None:
         """Take two steps: the second has the optimizer's state of the first beside it."""
         settings, ledger = self.recipe.train, self.ledger
-        shapes = [self.latents] * min(2, settings.gradient_accumulation)
-        if prior is not None:
-            width, height = prior
-            shapes.append((self.latents[0], height // self.factor, width // self.factor))
+        one, two = settings.batch_size, 2 * settings.batch_size
+        alone = not sizes.together or sizes.largest != sizes.prior
+        shapes = [(one, *self.latents)] if alone else []
+        if sizes.prior is not None:
+            width, height = (edge // self.factor for edge in sizes.prior)
+            shapes.append((two if sizes.together else one, self.latents[0], height, width))
+        shapes *= min(2, settings.gradient_accumulation)
         checkpoint(self.family, settings)
 
         def arrived(parameter: Tensor) -> None:
@@ -134,9 +141,9 @@ class _Run:
             one.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
             for one in self.ours
         ]
-        conditioning = None
+        told: dict[int, Conditioning | None] = {shape[0]: None for shape in shapes}
         if not self.recipe.trains_text_encoder():
-            conditioning = self.prompt(settings.batch_size)
+            told = {count: self.prompt(count) for count in told}
         with ledger.phase(TRAINING):
             if settings.ema is not None:
                 ledger.keep(AVERAGE, self.sizes)
@@ -144,7 +151,7 @@ class _Run:
                 if self.outline.adapter is not None:
                     self.outline.adapter.train()
                 for shape in shapes:
-                    self.step(shape, conditioning)
+                    self.step(shape, told[shape[0]])
                 if not step:
                     ledger.keep(STATE, state_bytes(settings, self.outline.groups))
                 for parameter in self.ours:
@@ -153,9 +160,9 @@ class _Run:
             hook.remove()
 
     def step(self, shape: tuple[int, ...], conditioning: Conditioning | None) -> None:
-        """Run one batch forward and backward."""
-        count = self.recipe.train.batch_size
-        latents, noise = torch.zeros(count, *shape), torch.zeros(count, *shape)
+        """Run one batch, of the shape [B, C, h, w], forward and backward."""
+        count = shape[0]
+        latents, noise = torch.zeros(shape), torch.zeros(shape)
         noisy = latents + noise
         with self.ledger.forward():
             with self.precision():
