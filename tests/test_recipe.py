@@ -198,8 +198,10 @@ def test_overrides_obey_the_same_rules_and_are_named(folder: Path) -> None:
         "extends=x.yaml",
         "evaluate.prompts=[a",
         "train.betas=[0.9, 2]",
+        "name=<<",
     )
     assert set(found) == {
+        'override "name=<<": name: "!!merge" is refused: a recipe holds plain values only',
         'override "train.stepz=5": train.stepz: unknown key (did you mean "steps"?)',
         'override "adapter.rank=many": adapter.rank: must be a whole number, not "many"',
         'override "data.captions.template=": data.captions.template: must not be empty',
@@ -255,6 +257,7 @@ def test_overrides_take_numbers_lists_sections_and_plain_text(folder: Path) -> N
         ("name: 'x\n", "recipes/bad.yaml:2: not YAML: "),
         ("name: x\n---\nname: y\n", "recipes/bad.yaml:2: not YAML: "),
         ("name: x\nbase: \x07\n", "recipes/bad.yaml:2: not YAML: "),
+        ("%YAML 9.9\n---\nname: x\n", "recipes/bad.yaml: says a version of YAML that is unknown"),
         ("[" * 5000, "recipes/bad.yaml: is nested too deeply"),
         ("- " * 5000, "recipes/bad.yaml: is nested too deeply"),
         ("name: &a [*a]\n", "recipes/bad.yaml:1: name.0.0: is too large or too deep"),

@@ -241,6 +241,8 @@ class _Reader:
             _refuse(self.at(line), f"not YAML: {str(exc).splitlines()[0]}")
         except RecursionError:
             _refuse(self.base, "is nested too deeply")
+        except KeyError:  # the library looks up the version that a %YAML line says
+            _refuse(self.base, "says a version of YAML that is unknown: leave its %YAML line out")
         return node
 
     def at(self, line: int) -> Place:
@@ -248,15 +250,19 @@ class _Reader:
             return self.base
         return Place(self.base.name, line + 1, self.base.folder)
 
+    def where(self, node: Node) -> Place:
+        """Return a node's place; what is typed on the command line has no line."""
+        return self.at(node.start_mark.line) if node.start_mark else self.base
+
     def refuse(self, node: Node, key: Key, problem: str) -> None:
-        self.source.faults.append(Fault(self.at(node.start_mark.line), dotted(key), problem))
+        self.source.faults.append(Fault(self.where(node), dotted(key), problem))
 
     def value(self, node: Node, key: Key) -> Any:
         """Return what `node` says; faults are noted and leave None in its place."""
         self.nodes += 1
         if len(key) > MAX_DEPTH or self.nodes > MAX_NODES:
             raise RecipeError(
-                [Fault(self.at(node.start_mark.line), dotted(key[:3]), "is too large or too deep")]
+                [Fault(self.where(node), dotted(key[:3]), "is too large or too deep")]
             )
         if isinstance(node, MappingNode) and node.tag == _CORE + "map":
             return self.mapping(node, key)
