@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,29 @@ def test_a_layout_that_cannot_carry_the_adapter_is_refused_before_training(
         with pytest.raises(UserError, match=rf"export\.layouts: .*{why}"):
             recipe_from(wrong)
         assert recipe_from(wrong, ["export.layouts=null"]).export.layouts is None
+
+
+_OUT = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [None, f"unet.{_OUT}.diff_b", "bundle_emb.<zorp>.string_to_param.*"],
+    ids=["read by diffusers", "with a bias", "with a new word"],
+)
+def test_an_alpha_that_stands_in_the_metadata_alone_counts(
+    beside: str | None, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whoever reads the file: diffusers, or we where it holds what diffusers cannot read."""
+    family = families.load(recipe_for(tiny_folder()).base)
+    out, width = family.denoiser.get_submodule(_OUT).weight.shape
+    down, up = torch.randn(3, width), torch.randn(out, 3)
+    tensors = {f"unet.{_OUT}.lora_A.weight": down, f"unet.{_OUT}.lora_B.weight": up}
+    if beside is not None:
+        tensors[beside] = torch.randn(out) if beside.endswith("diff_b") else torch.randn(2, 32)
+    said = {"unet.r": 3, "unet.lora_alpha": 7, "unet.target_modules": [_OUT]}
+    path = tmp_path / "it.safetensors"
+    write_safetensors(path, tensors, {"lora_adapter_metadata": json.dumps(said)})
+    loaded = load_file(family, path, "it")
+    assert loaded.tensors == len(tensors)
+    torch.testing.assert_close(loaded.changes[f"denoiser.{_OUT}"](), up @ down * (7 / 3))

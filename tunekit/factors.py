@@ -251,6 +251,21 @@ def declared_alpha(name: str, rank: int | None, scales: Mapping[str, object]) ->
     return float(alpha) * (math.sqrt(rank) if rooted and rank else 1.0)
 
 
+def with_alpha(
+    path: Path, name: str, parts: Mapping[str, Tensor], scales: Mapping[str, object]
+) -> Mapping[str, Tensor]:
+    """Return a module's factors with its alpha among them, where it stands in `scales` alone.
+
+    Raises UserError as `check_module`.
+    """
+    if not scales or "alpha" in parts:
+        return parts
+    import torch
+
+    alpha = declared_alpha(name, check_module(path, name, parts), scales)
+    return parts if alpha is None else {**parts, "alpha": torch.tensor(alpha)}
+
+
 def is_kohya(name: str) -> bool:
     """Say whether `name` is in the naming of kohya's sd-scripts."""
     return name.startswith(("lora_unet_", "lora_te", "lora_transformer_"))

@@ -25,7 +25,7 @@ from tunekit.changes.layers import (
     weight_of,
 )
 from tunekit.checkpoint import read_safetensors
-from tunekit.factors import adapter_metadata, group, is_kohya
+from tunekit.factors import adapter_metadata, group, is_kohya, with_alpha
 from tunekit.loaded import Loaded as Loaded
 from tunekit.loaded import VerificationError as VerificationError
 from tunekit.loaded import combined as combined
@@ -51,14 +51,12 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
     stayed empty; UserError where it is no safetensors file.
     """
     whole, metadata = read_safetensors(path)  # checked here: diffusers would also read a pickle
-    adapter_metadata(path, metadata)  # and this, which diffusers hands to peft as it stands
+    scales = adapter_metadata(path, metadata)  # and this, which diffusers hands to peft as it is
     words, tensors = embeddings.split(path, whole, metadata)
     found = [load_words(family, path, words, not tensors)] if words else []
     if tensors or not found:
-        # From the file, as people do it; of a bundle diffusers would refuse the words.
-        source = str(path) if not words else dict(tensors)
         try:
-            found.append(_load_weights(family, source, name, tensors))
+            found.append(_load_weights(family, path, name, tensors, scales, bundled=bool(words)))
         except VerificationError:
             for part in found:
                 part.remove()
@@ -67,17 +65,30 @@ def load_file(family: Family, path: Path, name: str) -> Loaded:
 
 
 def _load_weights(
-    family: Family, source: str | dict[str, Tensor], name: str, tensors: Mapping[str, Tensor]
+    family: Family,
+    path: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, object],
+    *,
+    bundled: bool,
 ) -> Loaded:
+    """Put in the adapter of a file. scales: what its metadata says of alphas; bundled: with words.
+
+    Of a bundle diffusers would refuse the words: it is handed the tensors, without the metadata.
+    """
     grouped, unread = group(tensors)
+    scaled = {key: with_alpha(path, key, held, scales) for key, held in grouped.items()}
     joined = by_name(family.joints).keys() & grouped.keys()
-    if not joined and read_by_diffusers(tensors, kohya=family.kohya_by_diffusers):
-        return _by_diffusers(family, source, name, tensors)
+    beside = bundled and any(scaled[key] is not held for key, held in grouped.items())
+    ours = joined or beside or not read_by_diffusers(tensors, kohya=family.kohya_by_diffusers)
+    if not ours:
+        return _by_diffusers(family, dict(tensors) if bundled else str(path), name, tensors)
     if unread:
         raise VerificationError(TAKEN_UP, f"{unread[0]} is no factor of an adapter")
     if sum(map(len, grouped.values())) < len(tensors):
         raise VerificationError(TAKEN_UP, "two of its tensors are one factor of a module")
-    return _by_factors(family, grouped)
+    return _by_factors(family, scaled)
 
 
 def read_by_diffusers(names: Mapping[str, Any], *, kohya: bool = True) -> bool:
