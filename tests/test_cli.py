@@ -7,29 +7,24 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from good import recipe_for
 from PIL import Image
 from told import Typed
 
 import tunekit
+from tunekit.cli_files import Merging
+from tunekit.cli_generate import Asked
+from tunekit.files import merge
 from tunekit.recipe import json_schema
+from tunekit.request import Request
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "numpy", "PIL")
-
-RECIPE = """\
-name: small
-base:
-  model: {base}
-data:
-  source: pictures
-  trigger: zorp
-  class: robot
-adapter:
-  kind: lora
-"""
 
 
 @pytest.fixture
@@ -38,7 +33,7 @@ def project(
 ) -> Path:
     """A working directory with a recipe for a tiny base."""
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "small.yaml").write_text(RECIPE.format(base=tiny_folder()))
+    (tmp_path / "small.yaml").write_text(recipe_for(str(tiny_folder())))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -84,6 +79,13 @@ def test_help_names_every_verb(typed: Typed) -> None:
         assert typed(verb, "--help").code == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"), [(Asked, Request), (Merging, merge.Request)], ids=lambda c: c.__name__
+)
+def test_what_can_be_asked_from_python_can_be_typed(options: Any, asked: Any) -> None:
+    assert {field.name for field in fields(options)} == {field.name for field in fields(asked)}
+
+
 def test_version(typed: Typed) -> None:
     assert typed("--version").out.strip() == tunekit.__version__
 
@@ -105,15 +107,15 @@ def test_a_recipe_with_three_faults_has_three_lines_and_exit_code_2(
     typed: Typed, project: Path
 ) -> None:
     text = (project / "small.yaml").read_text().replace("kind: lora", "kind: lorra")
-    (project / "bad.yaml").write_text(text + "train:\n  stepz: 3\n  seed: x\n")
+    (project / "bad.yaml").write_text(text + "  stepz: 3\n  seed: x\n")
     for verb in ("validate", "train"):
         told = typed(verb, "bad.yaml")
         assert told.code == 2
         assert told.out == ""
         assert [line.split(": ")[0] for line in told.err.splitlines()] == [
             "bad.yaml:9",
-            "bad.yaml:11",
             "bad.yaml:12",
+            "bad.yaml:13",
         ]
     assert not (project / "runs").exists()
 

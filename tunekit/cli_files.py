@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunekit.cli_options import AsJson, print_json
+from tunekit.cli_options import AsJson, print_json, taking
+
+if TYPE_CHECKING:
+    from tunekit.files.merge import Request
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors adapter file.")]
 BaseOption = Annotated[
@@ -53,69 +57,63 @@ def convert(
     _show(convert(file, to, out=out, base=base, dtype=dtype, overwrite=overwrite), as_json)
 
 
-def merge(
-    adapter: Annotated[
+@dataclass(frozen=True)
+class Merging:
+    """The options of `tunekit merge`, each under its name in `files.merge.Request`."""
+
+    adapters: Annotated[
         list[str],
         typer.Argument(metavar="FILE[:WEIGHT]...", help="Adapter files; weight 1 is as trained."),
-    ],
-    out: Annotated[Path, typer.Option(help="The folder, or the file with --into-adapter.")],
+    ]
+    out: Annotated[Path, typer.Option(help="The folder, or the file with --into-adapter.")]
     into_adapter: Annotated[
         bool, typer.Option("--into-adapter", help="Merge into one adapter file, not into the base.")
-    ] = False,
-    base: BaseOption = None,
-    config: Config = None,
+    ] = False
+    base: BaseOption = None
+    config: Config = None
     variant: Annotated[
         str | None, typer.Option(help="Weight variant of the base, such as fp16.")
-    ] = None,
+    ] = None
     method: Annotated[
         str | None,
         typer.Option(
             help="Of adapters: concat, svd, ties, dare_linear, dare_ties.", show_default="concat"
         ),
-    ] = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    frobenius: Frobenius = None,
+    ] = None
+    rank: Rank = None
+    energy: Energy = None
+    frobenius: Frobenius = None
     density: Annotated[
         float | None, typer.Option(help="Share of the numbers that TIES and DARE keep, 0 to 1.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what DARE draws.", show_default="0")] = None,
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Of what DARE draws.", show_default="0")] = None
     to: Annotated[
         str | None,
         typer.Option(help="Of adapters: diffusers or kohya.", show_default="kohya"),
-    ] = None,
+    ] = None
     dtype: Annotated[
         str | None,
         typer.Option(
             help="Number format: fp16, bf16 or fp32.", show_default="the base's; adapters: fp16"
         ),
-    ] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
+    ] = None
+    overwrite: Overwrite = False
+
+    def request(self) -> Request:
+        """Return what they ask for; UserError for a weight that is no number."""
+        from tunekit.files.merge import Request
+        from tunekit.generate import parse_adapter
+
+        return Request(**vars(self) | {"adapters": [parse_adapter(text) for text in self.adapters]})
+
+
+@taking(Merging)
+def merge(asked: Merging, as_json: AsJson = False) -> None:
     """Merge adapters into a base, or with each other. Writes a diffusers folder or a file."""
-    from tunekit.files.merge import Request, merge
-    from tunekit.generate import parse_adapter
+    from tunekit.files.merge import merge
     from tunekit.progress import OnScreen
 
-    asked = Request(
-        [parse_adapter(text) for text in adapter],
-        out,
-        into_adapter,
-        base=base,
-        config=config,
-        variant=variant,
-        method=method,
-        rank=rank,
-        energy=energy,
-        frobenius=frobenius,
-        density=density,
-        seed=seed,
-        to=to,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
-    _show(merge(asked, OnScreen()), as_json)
+    _show(merge(asked.request(), OnScreen()), as_json)
 
 
 def extract(

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from told import Typed
 
 from tunekit.captioners import ranking
 from tunekit.captioners.base import Said
 from tunekit.captioning import Captioned, caption
-from tunekit.cli import main
 from tunekit.data.records import DataError
 from tunekit.errors import UserError
 from tunekit.schema_source import Pictures
@@ -284,14 +284,9 @@ def test_a_line_with_a_wrong_caption_is_still_a_fault(
     assert files(folder) == before
 
 
-def test_captions_go_to_stdout_and_remarks_to_stderr(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_go_to_stdout_and_remarks_to_stderr(folder: Path, typed: Typed) -> None:
     (folder / "a.txt").write_text("my own")
-    monkeypatch.setattr("sys.argv", ["tunekit", "caption", str(folder)])
-    with pytest.raises(SystemExit):
-        main()
-    shown = capsys.readouterr()
+    shown = typed("caption", folder)
     assert [line.split(":")[0] for line in shown.out.splitlines()] == ["b c.png", "sub/ü.png"]
     assert "2 pictures captioned; read them before you train" in shown.err
     assert "1 picture had captions, which stay (a.png)" in shown.err
