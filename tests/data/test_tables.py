@@ -146,6 +146,9 @@ def test_several_files_are_one_source(table: Table, tmp_path: Path) -> None:
     assert len(faults) == 2
     assert "train-2.parquet: has the columns image (binary), prompt (string) where" in faults[0]
     assert "train-3.parquet: no Parquet file, or a broken one" in faults[1]
+    good = (tmp_path / "t" / "train-0.parquet").read_bytes()
+    (tmp_path / "t" / "train-3.parquet").write_bytes(good.replace(b"image", b"im\xffge"))
+    assert "train-3.parquet: no Parquet file, or a broken one" in look(tmp_path / "t").faults[1]
 
 
 def test_captions_lists_and_rows_without(table: Table) -> None:

@@ -158,7 +158,7 @@ def _row_counts(files: list[Path]) -> tuple[dict[str, int], list[Finding]]:
             with pq.ParquetFile(file) as table:
                 counts[name] = table.metadata.num_rows
                 columns = {field.name: str(field.type) for field in table.schema_arrow}
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             first = str(error).strip().splitlines()[0][:200]
             faults.append(fault(name, f"no Parquet file, or a broken one: {first}"))
             continue
