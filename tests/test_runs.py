@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from test_resume import KillAt, Killed
+from told import Typed
 
 import tunekit
 from tunekit import runlock, runs
-from tunekit.cli import main
 from tunekit.errors import UserError
 from tunekit.export import ExportError
 from tunekit.progress import Silent
@@ -196,45 +196,30 @@ class TestVerify:
             runs.verified(tmp_path / "none")
 
 
-class TestCommandLine:
-    def said(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
-    ) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tunekit", "runs", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        told = capsys.readouterr()
-        return left.value.code, told.out, told.err
-
-    def test_list_verify_and_their_exit_codes(
-        self,
-        shelf: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        shutil.copytree(shelf, tmp_path / "runs")
-        monkeypatch.chdir(tmp_path)
-        for words in ((), ("list",), ("runs",), ("list", "runs")):
-            code, out, err = self.said(monkeypatch, capsys, *words)
-            assert (code, err) == (0, "")
-            assert [line.split()[0] for line in out.splitlines()] == [
-                "run", "failed", "finished", "stopped",
-            ]  # fmt: skip
-        code, out, _ = self.said(monkeypatch, capsys, "--json")
-        assert [one["state"] for one in json.loads(out)] == ["failed", "finished", "interrupted"]
-        code, out, _ = self.said(monkeypatch, capsys, "verify", "--json")
-        assert code == 0
-        assert all(one["ok"] for one in json.loads(out))
-        damaged = tmp_path / "runs" / "stopped" / "checkpoints" / "step-000001" / "meta.json"
-        damaged.write_text("{}")
-        code, out, err = self.said(monkeypatch, capsys, "verify")
-        assert (code, err) == (1, "")
-        assert f"{damaged.relative_to(tmp_path)}: has 2 bytes instead of " in out
-        assert self.said(monkeypatch, capsys, "verify", "nowhere")[0] == 2
-        assert self.said(monkeypatch, capsys, "nowhere")[0] == 2
-        assert self.said(monkeypatch, capsys, "--help")[0] == 0
+def test_list_verify_and_their_exit_codes(
+    typed: Typed, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shelf, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    for words in ((), ("list",), ("runs",), ("list", "runs")):
+        told = typed("runs", *words)
+        assert (told.code, told.err) == (0, "")
+        assert [line.split()[0] for line in told.out.splitlines()] == [
+            "run", "failed", "finished", "stopped",
+        ]  # fmt: skip
+    listed = json.loads(typed("runs", "--json").out)
+    assert [one["state"] for one in listed] == ["failed", "finished", "interrupted"]
+    told = typed("runs", "verify", "--json")
+    assert told.code == 0
+    assert all(one["ok"] for one in json.loads(told.out))
+    damaged = tmp_path / "runs" / "stopped" / "checkpoints" / "step-000001" / "meta.json"
+    damaged.write_text("{}")
+    told = typed("runs", "verify")
+    assert (told.code, told.err) == (1, "")
+    assert f"{damaged.relative_to(tmp_path)}: has 2 bytes instead of " in told.out
+    assert typed("runs", "verify", "nowhere").code == 2
+    assert typed("runs", "nowhere").code == 2
+    assert typed("runs", "--help").code == 0
 
 
 STATE = {"outcome": "running", "pid": 1, "host": "h", "started": "", "updated": "", "step": 1}
