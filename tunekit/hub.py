@@ -13,6 +13,17 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def here(model: str, revision: str | None = None) -> bool:
+    """Return whether a model of the Hub was brought to this disk before, at a revision.
+
+    What files and pictures say of their base may be anybody's word: it brings nothing from the Hub.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return isinstance(found, str)
+
+
 def as_path(text: str) -> Path:
     """Return a path as people write it, ``~`` being the home; a home that is not known stays."""
     try:

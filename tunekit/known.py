@@ -23,7 +23,8 @@ from tunekit.schema import BUNDLED, Base, Data, Evaluate
 class Known:
     """What a run or a file says of how to draw with it; `name` is what its pictures go under.
 
-    clip_skip: what was trained with, whichever base is then named.
+    clip_skip: what was trained with, whichever base is then named. absent: a model of the Hub that
+    a file says, and that nobody has brought here.
     """
 
     base: Base | None = None
@@ -31,6 +32,7 @@ class Known:
     evaluate: Evaluate | None = None
     name: str = "pictures"
     clip_skip: int | None = None
+    absent: str | None = None
 
     def named(self, model: str) -> Base:
         """Return the base of this name, read as what is drawn with it was trained to."""
@@ -38,6 +40,11 @@ class Known:
 
     def required(self) -> Base:
         """Return the base; UserError where nothing says it."""
+        if self.base is None and self.absent is not None:
+            raise UserError(
+                f"base: the adapter file says {self.absent}, which is not on this disk, and what a "
+                f"file says of itself brings nothing from the Hub: --base {self.absent} does"
+            )
         if self.base is None:
             raise UserError(
                 "base: neither a run nor the adapter file says which model to draw with; name it, "
@@ -96,9 +103,12 @@ def _said_by(path: Path) -> Known:
         return Known(name=path.stem)
     # Only the last name of a path was kept in the file: that is no place to look for a model, and a
     # path in it is no word of ours. Whose code is trusted, no file may say.
-    named = (base.model == BUNDLED or hub.is_id(base.model)) and base.vae is None
+    bundled, of_hub = base.model == BUNDLED, hub.is_id(base.model)
+    here = bundled or (of_hub and hub.here(base.model, base.revision))
+    absent = base.model if of_hub and not here else None
+    named = here and base.vae is None
     base = _full(base.model_copy(update={"trust_remote_code": False, "config": None}))
-    return Known(base if named else None, data, evaluate, path.stem, base.clip_skip)
+    return Known(base if named else None, data, evaluate, path.stem, base.clip_skip, absent)
 
 
 def _full(base: Base) -> Base:

@@ -31,21 +31,27 @@ class Redraw:
     recorded: Recorded
 
     def base(self, named: str | None = None) -> Base:
-        """Return the base that drew it: the bundled one, a folder nearby, or the Hub's.
+        """Return the base that drew it: the bundled one, a folder nearby, or one of the Hub that
+        was brought here before.
 
         named: another, which is read as that one was. Raises UserError where it is none of these.
         """
         settings, told = dict(self.recorded.base_settings), self.recorded
         for key in settings.keys() & set(recorded.FILES):
             settings[key] = str(self._only(str(settings[key]), f"its {key}", "--run"))
-        model = told.base if named is None else named
-        if named is not None:
-            return recorded.base_of(self.picture, model, settings)
-        if model != BUNDLED and (near := self._nearby(model)):
-            model = str(near[0])
-        elif model != BUNDLED and not hub.is_id(model):
+        near = self._nearby(told.base) if named is None and told.base != BUNDLED else []
+        model = named or (str(near[0]) if near else told.base)
+        base = recorded.base_of(self.picture, model, settings)
+        if named is not None or near or model == BUNDLED:
+            return base
+        if not hub.is_id(model):
             raise self._missing(model, "its base", "--base")
-        return recorded.base_of(self.picture, model, settings)
+        if not hub.here(model, base.revision):
+            raise UserError(
+                f"{self.picture}: was drawn with {model}, which is not on this disk, and what a "
+                f"picture says brings nothing from the Hub: --base {model} does"
+            )
+        return base
 
     def adapters(self) -> list[Weighted]:
         """Return the adapters that drew it, each with its strength.

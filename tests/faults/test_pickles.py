@@ -258,7 +258,7 @@ def test_a_file_cannot_say_whose_code_is_trusted(tmp_path: Path) -> None:
         "evaluate": {},
     }
     path = tmp_path / "a.safetensors"
-    for model, taken in (("/etc", None), ("../x", None), ("owner/name", "owner/name")):
+    for model, taken in (("/etc", None), ("../x", None), ("toybox", "toybox")):
         recipe["base"]["model"] = model
         path.write_bytes(
             safetensors_bytes({"a": ("F32", [1], bytes(4))}, {"tunekit.recipe": json.dumps(recipe)})
@@ -267,3 +267,46 @@ def test_a_file_cannot_say_whose_code_is_trusted(tmp_path: Path) -> None:
         assert known.data is not None
         assert (known.base and known.base.model) == taken
         assert known.base is None or known.base.trust_remote_code is False
+
+
+def test_what_a_file_says_brings_nothing_from_the_hub(
+    tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the table: a stranger's file would choose what is downloaded, and who hears of it."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from tunekit.known import said_by_all
+
+    def asked(*given: object, **more: object) -> None:
+        raise AssertionError(f"the Hub was asked for {given} {more}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    recipe = {
+        "base": {"model": "owner/name"},
+        "data": {"source": "x", "trigger": "zorp", "class": "robot"},
+        "evaluate": {},
+    }
+    path, picture = tmp_path / "a.safetensors", tmp_path / "a.png"
+    path.write_bytes(
+        safetensors_bytes({"a": ("F32", [1], bytes(4))}, {"tunekit.recipe": json.dumps(recipe)})
+    )
+    size = {"steps": 1, "guidance_scale": 1.0, "scheduler": "ddim", "width": 64, "height": 64}
+    info = PngInfo()
+    info.add_text("tunekit", json.dumps({"prompt": "x", "seed": 1, "base": "owner/name", **size}))
+    Image.new("RGB", (64, 64)).save(picture, pnginfo=info)
+    for given in (("--adapter", path), ("--from", picture)):
+        (line,) = typed("generate", *given, "--out", tmp_path / "out").refusal()
+        assert "which is not on this disk" in line
+        assert "brings nothing from the Hub: --base owner/name does" in line
+    held = tmp_path / "hub" / "models--owner--name"
+    (held / "snapshots" / "0").mkdir(parents=True)
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("0")
+    (held / "snapshots" / "0" / "model_index.json").write_text("{}")
+    known = said_by_all([path])
+    assert known.base is not None
+    assert known.base.model == "owner/name", "what was brought before is taken at its word"
