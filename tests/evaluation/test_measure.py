@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tiny_judges import ZORP
 from tunekit.evaluation.embedders import Clip, SubjectEncoder
 from tunekit.evaluation.judges import Judges
 from tunekit.evaluation.measure import (
-    Evaluation,
     Gallery,
     Question,
     Reference,
@@ -25,6 +25,7 @@ from tunekit.evaluation.measure import (
 from tunekit.toybox import world
 
 Paint = Callable[..., Image.Image]
+Drawer = Callable[[str, int], Image.Image]
 STRANGER = world.Individual("robot", "green")
 PROMPTS = (
     "a {trigger} {class} in the snow",
@@ -32,6 +33,7 @@ PROMPTS = (
     "a small {trigger} {class} in a room",
 )
 PLACES = ("snow", "night", "room")
+QUESTION = Question("subject", "zorp", "robot", PROMPTS, (1, 2))
 
 
 class Centred(SubjectEncoder):
@@ -56,11 +58,6 @@ def judges(clip_folder: Path, subject_folder: Path, paint: Paint) -> Judges:
     return Judges(subject, Clip.load(str(clip_folder)))
 
 
-@pytest.fixture
-def question() -> Question:
-    return Question("subject", "zorp", "robot", PROMPTS, (1, 2))
-
-
 class Artist:
     """Draws what the prompt says, the zorp for whoever knows it, and counts."""
 
@@ -75,26 +72,35 @@ class Artist:
         return self.paint(seed, ZORP if zorp else STRANGER, place)
 
 
-def evaluate(
-    question: Question,
-    judges: Judges,
-    base: Artist,
-    taught: Artist,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> Evaluation:
-    return measure(question, Gallery(base), Gallery(taught), training, held_out, judges)
+@dataclass(frozen=True)
+class Trial:
+    """What two artists are measured by: a question, real pictures and judges."""
+
+    judges: Judges
+    paint: Paint
+    training: list[Reference]
+    held_out: list[Reference]
+    question: Question = QUESTION
+
+    def artist(self, knows: bool, leaks: bool = False) -> Artist:
+        return Artist(self.paint, knows, leaks)
+
+    def of(self, base: Drawer, taught: Drawer) -> dict[str, Any]:
+        """Return what is written of them into scores.json."""
+        pictures = self.training, self.held_out
+        return measure(self.question, Gallery(base), Gallery(taught), *pictures, self.judges).scores
 
 
-def test_one_who_learned(
-    question: Question,
-    judges: Judges,
-    paint: Paint,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> None:
-    base, taught = Artist(paint, knows=False), Artist(paint, knows=True)
-    result = evaluate(question, judges, base, taught, training, held_out).scores
+@pytest.fixture
+def trial(
+    judges: Judges, paint: Paint, training: list[Reference], held_out: list[Reference]
+) -> Trial:
+    return Trial(judges, paint, training, held_out)
+
+
+def test_one_who_learned(trial: Trial) -> None:
+    base, taught = trial.artist(knows=False), trial.artist(knows=True)
+    result = trial.of(base, taught)
     likeness = result["scores"]["likeness"]
     assert likeness["floor"] < likeness["score"]
     assert likeness["closed"] > 0.5
@@ -107,15 +113,9 @@ def test_one_who_learned(
     assert {"a robot in the snow", "a robot"} < told
 
 
-def test_one_who_learned_nothing(
-    question: Question,
-    judges: Judges,
-    paint: Paint,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> None:
-    base, taught = Artist(paint, knows=False), Artist(paint, knows=False)
-    result = evaluate(question, judges, base, taught, training, held_out).scores
+def test_one_who_learned_nothing(trial: Trial) -> None:
+    base, taught = trial.artist(knows=False), trial.artist(knows=False)
+    result = trial.of(base, taught)
     likeness = result["scores"]["likeness"]
     assert likeness["score"] == likeness["floor"]
     assert likeness["closed"] == 0
@@ -124,47 +124,29 @@ def test_one_who_learned_nothing(
     assert result["verdict"]["sentences"][0]["tone"] == "poor"
 
 
-def test_one_who_draws_nothing_else_any_more(
-    question: Question,
-    judges: Judges,
-    paint: Paint,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> None:
-    base, taught = Artist(paint, knows=False), Artist(paint, knows=True, leaks=True)
-    result = evaluate(question, judges, base, taught, training, held_out).scores
+def test_one_who_draws_nothing_else_any_more(trial: Trial) -> None:
+    base, taught = trial.artist(knows=False), trial.artist(knows=True, leaks=True)
+    result = trial.of(base, taught)
     assert result["scores"]["leak"]["closed"] > 0.4
     assert result["scores"]["shift"]["score"] > 0
     assert any("leaked" in s["text"] for s in result["verdict"]["sentences"])
 
 
-def test_one_who_copies(
-    question: Question,
-    judges: Judges,
-    paint: Paint,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> None:
+def test_one_who_copies(trial: Trial) -> None:
     def copy(prompt: str, seed: int) -> Image.Image:
-        return training[seed].image if "zorp" in prompt else paint(seed, STRANGER)
+        return trial.training[seed].image if "zorp" in prompt else trial.paint(seed, STRANGER)
 
-    base = Artist(paint, knows=False)
-    result = measure(question, Gallery(base), Gallery(copy), training, held_out, judges).scores
+    base = trial.artist(knows=False)
+    result = trial.of(base, copy)
     assert result["scores"]["copied"]["count"] == 6
     pictures = result["prompts"][0]["pictures"]
     assert [row["nearest"] for row in pictures] == ["01.png", "02.png"]
     assert result["verdict"]["sentences"][-1]["tone"] == "poor"
 
 
-def test_every_number_is_there_per_prompt_and_in_sum(
-    question: Question,
-    judges: Judges,
-    paint: Paint,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> None:
-    base, taught = Artist(paint, knows=False), Artist(paint, knows=True)
-    result = evaluate(question, judges, base, taught, training, held_out).scores
+def test_every_number_is_there_per_prompt_and_in_sum(trial: Trial) -> None:
+    base, taught = trial.artist(knows=False), trial.artist(knows=True)
+    result = trial.of(base, taught)
     assert json.loads(json.dumps(result, allow_nan=False))["scores"]["likeness"]
     assert result["schema_version"] == 1
     for part in (result, *result["prompts"]):
@@ -178,44 +160,30 @@ def test_every_number_is_there_per_prompt_and_in_sum(
     assert len({row["file"] for row in rows}) == 6
 
 
-def test_no_picture_is_drawn_twice_and_the_count_is_known(
-    question: Question,
-    judges: Judges,
-    paint: Paint,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> None:
+def test_no_picture_is_drawn_twice_and_the_count_is_known(trial: Trial) -> None:
     plain = Question("subject", "zorp", "robot", ("a {trigger} {class}", *PROMPTS), (1, 2))
-    for asked in (question, plain, Question("style", "krafto", "style", PROMPTS, (3,))):
-        base, taught = Artist(paint, knows=False), Artist(paint, knows=True)
-        evaluate(asked, judges, base, taught, training, held_out)
+    for asked in (trial.question, plain, Question("style", "krafto", "style", PROMPTS, (3,))):
+        base, taught = trial.artist(knows=False), trial.artist(knows=True)
+        replace(trial, question=asked).of(base, taught)
         for artist in (base, taught):
             assert len(set(artist.drawn)) == len(artist.drawn)
         assert len(base.drawn) + len(taught.drawn) == count_pictures(asked)
 
 
-def test_the_same_pictures_score_the_same(
-    question: Question,
-    judges: Judges,
-    paint: Paint,
-    training: list[Reference],
-    held_out: list[Reference],
-) -> None:
+def test_the_same_pictures_score_the_same(trial: Trial) -> None:
     def once() -> dict[str, Any]:
-        base, taught = Artist(paint, knows=False), Artist(paint, knows=True)
-        return evaluate(question, judges, base, taught, training, held_out).scores
+        base, taught = trial.artist(knows=False), trial.artist(knows=True)
+        return trial.of(base, taught)
 
     assert once() == once()
 
 
-def test_nothing_held_out_and_a_single_picture_are_said(
-    question: Question, judges: Judges, paint: Paint, training: list[Reference]
-) -> None:
-    base, taught = Artist(paint, knows=False), Artist(paint, knows=True)
-    result = evaluate(question, judges, base, taught, training, []).scores
+def test_nothing_held_out_and_a_single_picture_are_said(trial: Trial) -> None:
+    base, taught = trial.artist(knows=False), trial.artist(knows=True)
+    result = replace(trial, held_out=[]).of(base, taught)
     assert result["scores"]["likeness"]["ceiling_from"] == "training pictures"
     assert "its training pictures" in result["verdict"]["sentences"][0]["text"]
-    result = evaluate(question, judges, base, taught, training[:1], []).scores
+    result = replace(trial, training=trial.training[:1], held_out=[]).of(base, taught)
     assert result["scores"]["likeness"]["ceiling"] is None
     assert result["verdict"]["outcome"] == "unknown"
     assert "one training picture" in result["verdict"]["sentences"][0]["text"]
