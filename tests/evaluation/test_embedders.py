@@ -25,6 +25,14 @@ from tunekit.errors import UserError
 from tunekit.evaluation.embedders import Clip, ImageEncoder, Preprocessing, SubjectEncoder
 
 Paint = Callable[..., Image.Image]
+TOWER: dict[str, int] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 
 
 def test_rows_are_unit_vectors_and_do_not_depend_on_their_neighbours(
@@ -98,15 +106,7 @@ def test_unknown_preprocessing_is_refused(config: dict[str, object], message: st
 
 
 def test_a_projection_is_used_where_there_is_one(tmp_path: Path, paint: Paint) -> None:
-    config = CLIPVisionConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        projection_dim=12,
-    )
+    config = CLIPVisionConfig(**TOWER, projection_dim=12)
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
     write_preprocessing(tmp_path, size={"height": 32, "width": 32})
     assert SubjectEncoder.load(str(tmp_path)).embed_images([paint(1)]).shape == (1, 12)
@@ -114,14 +114,7 @@ def test_a_projection_is_used_where_there_is_one(tmp_path: Path, paint: Paint) -
 
 def test_an_untrained_pooler_is_not_used(tmp_path: Path, paint: Paint) -> None:
     """DINO's published ViT has no pooler; transformers would fill one with random numbers."""
-    config = ViTConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
+    config = ViTConfig(**TOWER)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     write_preprocessing(tmp_path, size={"height": 32, "width": 32})
     first = SubjectEncoder.load(str(tmp_path)).embed_images([paint(1)])
