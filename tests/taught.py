@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from tunekit import adapters, families
+from tunekit import adapters, export, families
 from tunekit.adapters import Adapter
 from tunekit.families import Family
 from tunekit.recipe import Recipe
+from tunekit.verification import Parity
 
 
 def recipe_for(folder: Path, /, **sections: dict[str, Any]) -> Recipe:
@@ -24,6 +25,12 @@ def recipe_for(folder: Path, /, **sections: dict[str, Any]) -> Recipe:
     for name, values in sections.items():
         tree[name] = tree.get(name, {}) | values
     return Recipe.model_validate({"name": "zorp", **tree})
+
+
+def verify(path: Path, recipe: Recipe, family: Family, adapter: Adapter) -> Parity:
+    """Hold a file to what was taught, as an export does."""
+    trained = export.measured(family, adapter, recipe)
+    return export.check([path], recipe, trained, family.device, recipe.export.dtype)
 
 
 def teach(recipe: Recipe, strength: float = 0.05) -> tuple[Family, Adapter]:

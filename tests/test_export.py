@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from taught import recipe_for, teach
+from taught import recipe_for, teach, verify
 from torch import Tensor
 
-from tunekit import adapters, export, families, modelcard, verification
+from tunekit import adapters, drafts, export, families, modelcard, verification
 from tunekit.adapters import Adapter
 from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.errors import UserError
-from tunekit.export import ExportError, cast_tensors, export_adapter, verify
+from tunekit.export import ExportError, cast_tensors, export_adapter
 from tunekit.families import Family
 from tunekit.inference import DrawSettings, load
 from tunekit.recipe import Recipe
@@ -287,7 +287,7 @@ class TestRejected:
             first = next(iter(tensors))
             write_safetensors(path, tensors | {first: tensors[first] + 1}, metadata)
 
-        monkeypatch.setattr(export, "write_safetensors", careless)
+        monkeypatch.setattr(drafts, "write_safetensors", careless)
         with pytest.raises(ExportError, match="read back"):
             export_adapter(*taught, recipe, tmp_path)
 
@@ -301,7 +301,7 @@ class TestRejected:
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(export, "verify", interrupted)
+        monkeypatch.setattr(export, "compare", interrupted)
         with pytest.raises(KeyboardInterrupt):
             export_adapter(*taught, recipe, tmp_path)
         assert list(tmp_path.iterdir()) == []

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from taught import recipe_for, teach
+from taught import recipe_for, teach, verify
 from torch import Tensor
 
 import tunekit
 from tunekit import checkpoint, families, verification
 from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.errors import UserError
-from tunekit.export import ExportedFile, export_adapter, verify
+from tunekit.export import ExportedFile, export_adapter
 from tunekit.families import Family
 from tunekit.inference import DrawSettings, Painter, load
 from tunekit.info import describe

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,13 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import tunekit
-from tunekit import adapters, families, forward
+from tunekit import adapters, forward
 from tunekit.adapters.base import Adapter
 from tunekit.data.dataset import Batch
 from tunekit.errors import UserError
 from tunekit.families.base import Family
 from tunekit.objective import Goal
 from tunekit.passes import passes_of
-from tunekit.progress import Silent
 from tunekit.ranks import ALONE
 from tunekit.recipe import RecipeError, recipe_from
 from tunekit.run import Run
@@ -250,26 +246,6 @@ class TestFusedBackward:
         made = tree(train={"fused_backward": True}, data={"prior": {"count": 2}})
         with pytest.raises(RecipeError, match=r"train\.fused_backward: .*data\.prior"):
             recipe_from(made)
-
-
-def test_the_evaluation_has_one_base_in_memory(
-    tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[weakref.ref[Family]] = []
-    beside: list[int] = []
-    real = families.load
-
-    def load(*args: Any) -> Family:
-        gc.collect()
-        beside.append(sum(made() is not None for made in loaded))
-        family = real(*args)
-        loaded.append(weakref.ref(family))
-        return family
-
-    monkeypatch.setattr(families, "load", load)
-    tunekit.train(tree(train={"steps": 2}), out=tmp_path / "run", reporter=Silent())
-    # the one that trains; beside it one for each file that is verified; before, after
-    assert beside == [0, 1, 1, 0, 0]
 
 
 def test_the_report_tells_what_left_the_memory(run: Run) -> None:

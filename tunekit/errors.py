@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from typing import TypeVar
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class UserError(ValueError):
@@ -25,3 +29,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f' (did you mean "{by_lower[near[0]]}"?)' if near else ""
+
+
+def without_frames(error: _Error) -> _Error:
+    """Return `error` without the variables of where it was raised: they may hold a whole model."""
+    one: BaseException | None = error
+    while one is not None:
+        traceback.clear_frames(one.__traceback__)
+        one = one.__cause__ or one.__context__
+    return error

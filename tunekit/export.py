@@ -1,49 +1,47 @@
 """Adapter files in a client's layout, each verified through that client's own loading code.
 
 A file gets its name only after it was loaded into a fresh pipeline and did there what the trained
-model does. One that fails is kept beside it as ``*.rejected``, so that nobody takes it for good.
+model does. What that did is measured before, so that only one of the two is in memory at a time.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit import embeddings, families, modelcard
-from tunekit.checkpoint import read_safetensors, write_safetensors
 from tunekit.data.captions import expand, fill
-from tunekit.errors import UserError
-from tunekit.loading import VerificationError, read_by_diffusers
+from tunekit.drafts import Draft as Draft
+from tunekit.drafts import ExportError as ExportError
+from tunekit.loading import read_by_diffusers
 from tunekit.pictures import save_png
 from tunekit.schema_tokens import file_word
 from tunekit.tokens import adapter_of, words_of
-from tunekit.verification import Parity, compare, make_probe, measure
+from tunekit.verification import Parity, Reference, compare, make_probe, measure
 from tunekit.wholefile import write_whole
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
     from tunekit.adapters import Adapter
     from tunekit.families import Family
     from tunekit.recipe import Recipe
+    from tunekit.tokens import Tokens
 
 CARD = "README.md"
 SHOWN = "pictures"
 """The folder of the card's pictures, beside it."""
 _MOST_SHOWN = 6
-_PENDING = ".unverified"
-_REJECTED = ".rejected"
 WORDS, BUNDLE = "words", "bundle"
 BUNDLED_IN = "kohya"
 """The layout of the adapter in a bundle: that of the clients which read bundles."""
-
-
-class ExportError(UserError):
-    """An exported file failed a check; the message names the check and where the file is kept."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +88,86 @@ def export_adapter(
 ) -> list[ExportedFile]:
     """Write what `adapter` learned in every layout of `recipe.export`, verified, and a model card.
 
-    family: the base with `adapter` still attached; it draws and trains on as before. New words get
-    a file each, and where there is an adapter in kohya's naming beside them, a bundle as well.
-    lesson: what it was taught, for the metadata. The card has no scores and no pictures yet.
+    As `write` and then `Written.verified`, with a second base beside `family`, which draws and
+    trains on as before.
+    """
+    return write(family, adapter, recipe, out_dir, lesson=lesson).verified()
 
-    Raises ExportError where a file fails its verification or a new word's vector never moved, and
-    UserError where a layout cannot carry the adapter or the disk refuses. Files of an earlier
-    export keep their names until theirs are replaced by verified ones.
+
+def write(
+    family: Family,
+    adapter: Adapter,
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    lesson: modelcard.Lesson | None = None,
+) -> Written:
+    """Write what `adapter` learned in every layout of `recipe.export`, to be verified next.
+
+    family: the base with `adapter` attached; it may go afterwards. New words get a file each, and
+    where there is an adapter in kohya's naming beside them, a bundle as well. lesson: what it was
+    taught, for the metadata.
+
+    Raises ExportError where a new word's vector never moved or a number does not fit the format,
+    and UserError where a layout cannot carry the adapter or the disk refuses.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     resolution = (*recipe.data.resolutions, family.default_resolution)[0]
     work = _Work(family, adapter, recipe, out_dir, resolution, lesson)
-    words = work.words()
-    done = [*work.adapters([file.path for file in words]), *words]
-    if words and any(file.layout == BUNDLED_IN for file in done):
-        done.append(work.bundle())
-    write_card(recipe, done, resolution)
-    return done
+    parts: list[_Part] = []
+    try:
+        for part in work.parts():
+            parts.append(part)
+    except BaseException:
+        for part in parts:
+            part.draft.discard()
+        raise
+    return Written(recipe, resolution, family.device, parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Files that are verified together. made: gives each, once parity is known."""
+
+    layout: str
+    dtype: str
+    draft: Draft
+    trained: Reference
+    made: Sequence[Callable[..., ExportedFile]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files that wait for their verification; nothing of them holds the base that was trained."""
+
+    recipe: Recipe
+    resolution: int
+    device: torch.device
+    parts: Sequence[_Part]
+
+    def verified(self) -> list[ExportedFile]:
+        """Verify each file in a fresh base, and write the model card, yet without scores.
+
+        Raises ExportError where one fails. Files of an earlier export keep their names until theirs
+        are replaced by verified ones.
+        """
+        done: list[ExportedFile] = []
+        try:
+            for part in self.parts:
+                words = [file.path for file in done if file.layout == WORDS]
+                beside = [] if part.layout in (WORDS, BUNDLE) else words
+                parity = part.draft.verified(partial(self._check, part, beside))
+                done += [made(parity=parity) for made in part.made]
+        finally:
+            for part in self.parts:
+                part.draft.discard()
+        last = [WORDS, BUNDLE]  # what people take first comes first
+        done.sort(key=lambda file: last.index(file.layout) if file.layout in last else -1)
+        write_card(self.recipe, done, self.resolution)
+        return done
+
+    def _check(self, part: _Part, beside: Sequence[Path], paths: Sequence[Path]) -> Parity:
+        return check([*beside, *paths], self.recipe, part.trained, self.device, part.dtype)
 
 
 @dataclass(frozen=True)
@@ -120,11 +181,22 @@ class _Work:
     resolution: int
     lesson: modelcard.Lesson | None
 
-    def words(self) -> list[ExportedFile]:
-        """Write and verify a file for each new word; the adapter rests meanwhile."""
-        words, beside = words_of(self.adapter), adapter_of(self.adapter)
-        if words is None:
-            return []
+    def parts(self) -> Iterator[_Part]:
+        """Yield what is verified together, as soon as it is written: new words first."""
+        words, beside, asked = words_of(self.adapter), adapter_of(self.adapter), self.recipe.export
+        if words is not None:
+            yield self._words(words, beside)
+        if beside is None or self.recipe.adapter is None:
+            return
+        trained = measured(self.family, self.adapter, self.recipe)
+        layouts = self.recipe.adapter.layouts(asked.layouts)
+        for layout in layouts:
+            yield self._adapter(layout, asked.dtype, beside, trained)
+        if words is not None and BUNDLED_IN in layouts:
+            yield self._adapter(BUNDLE, asked.dtype, self.adapter, trained)
+
+    def _words(self, words: Tokens, beside: Adapter | None) -> _Part:
+        """Write a file for each new word; the adapter rests meanwhile."""
         if still := words.unmoved():
             raise ExportError(
                 f"{', '.join(still[:4])}{' and more' if len(still) > 4 else ''}: never moved, so "
@@ -140,42 +212,44 @@ class _Work:
         if beside is not None:
             beside.set_scale(0.0)
         try:
-            parity = _write_verified(planned, lambda paths: self._verify(paths, words, "fp32"))
+            trained = measured(self.family, words, self.recipe)
         finally:
             if beside is not None:
                 beside.set_scale(1.0)
-        return [
-            self._done(path, WORDS, "fp32", planned[path][0], parity, word)
-            for path, word in zip(planned, words.vectors(), strict=True)
-        ]
+        return self._part(WORDS, "fp32", planned, trained, [*words.vectors()])
 
-    def adapters(self, words: Sequence[Path]) -> list[ExportedFile]:
-        """Write and verify the adapter in each layout, with the files of new words beside it."""
-        adapter, recipe = adapter_of(self.adapter), self.recipe
-        if adapter is None or recipe.adapter is None:
-            return []
-        done, dtype = [], recipe.export.dtype
-        for layout in recipe.adapter.layouts(recipe.export.layouts):
-            tensors, described = adapter.export_state(layout)
-            path = self._path(layout)
-            cast = cast_tensors(tensors, dtype, path.name)
-            parity = _write_verified(
-                {path: (cast, self._metadata(described))},
-                lambda paths: self._verify([*words, *paths], self.adapter, dtype),
-            )
-            done.append(self._done(path, layout, dtype, cast, parity))
-        return done
-
-    def bundle(self) -> ExportedFile:
-        """Write and verify adapter and new words in one file."""
-        tensors, described = self.adapter.export_state(BUNDLED_IN)
-        path, dtype = self._path(BUNDLE), self.recipe.export.dtype
+    def _adapter(self, layout: str, dtype: str, adapter: Adapter, trained: Reference) -> _Part:
+        """Write the adapter in a layout, or with the new words in a bundle."""
+        tensors, described = adapter.export_state(BUNDLED_IN if layout == BUNDLE else layout)
+        path = self._path(layout)
         cast = cast_tensors(tensors, dtype, path.name)
-        parity = _write_verified(
-            {path: (cast, self._metadata(described))},
-            lambda paths: self._verify(paths, self.adapter, dtype),
-        )
-        return self._done(path, BUNDLE, dtype, cast, parity)
+        return self._part(layout, dtype, {path: (cast, self._metadata(described))}, trained, [None])
+
+    def _part(
+        self,
+        layout: str,
+        dtype: str,
+        planned: Mapping[Path, tuple[Mapping[str, Tensor], Mapping[str, str]]],
+        trained: Reference,
+        words: Sequence[str | None],
+    ) -> _Part:
+        draft = Draft.of(planned)
+        made = [
+            partial(
+                ExportedFile,
+                path=path,
+                layout=layout,
+                dtype=dtype,
+                tensors=len(planned[path][0]),
+                bytes=written.stat().st_size,
+                sha256=sha256(written),
+                diffusers=self._by_diffusers(layout, planned[path][0]),
+                word=word,
+                plain=self._plain(),
+            )
+            for (path, written), word in zip(draft.pending.items(), words, strict=True)
+        ]
+        return _Part(layout, dtype, draft, trained, made)
 
     def _path(self, ending: str) -> Path:
         return self.folder / f"{self.recipe.name}-{ending}.safetensors"
@@ -188,31 +262,6 @@ class _Work:
             self.resolution,
             lesson=self.lesson,
             **method,
-        )
-
-    def _verify(self, paths: Sequence[Path], adapter: Adapter, dtype: str) -> Parity:
-        return verify(paths, self.recipe, self.family, adapter, dtype)
-
-    def _done(
-        self,
-        path: Path,
-        layout: str,
-        dtype: str,
-        tensors: Mapping[str, Tensor],
-        parity: Parity,
-        word: str | None = None,
-    ) -> ExportedFile:
-        return ExportedFile(
-            path=path,
-            layout=layout,
-            dtype=dtype,
-            tensors=len(tensors),
-            bytes=path.stat().st_size,
-            sha256=sha256(path),
-            parity=parity,
-            diffusers=self._by_diffusers(layout, tensors),
-            word=word,
-            plain=self._plain(),
         )
 
     def _by_diffusers(self, layout: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -295,69 +344,25 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: str, name: str) -> dict[s
     return cast
 
 
-def _write_verified(
-    planned: Mapping[Path, tuple[Mapping[str, Tensor], Mapping[str, str]]],
-    check: Callable[[list[Path]], Parity],
-) -> Parity:
-    """Write files of (tensors, metadata) that `check` verifies together before they have names."""
-    pending = {path: path.with_name(f"{path.stem}{_PENDING}{path.suffix}") for path in planned}
-    try:
-        for path, (tensors, metadata) in planned.items():
-            write_safetensors(pending[path], tensors, metadata)
-            said = {**metadata, **modelcard.hashes(pending[path])}
-            write_safetensors(pending[path], tensors, said)
-            _read_back(pending[path], tensors, said)
-        parity = check(list(pending.values()))
-    except VerificationError as fault:
-        kept = []
-        for path, written in pending.items():
-            rejected = path.with_name(f"{path.name}{_REJECTED}")
-            if written.exists():
-                written.replace(rejected)
-                kept.append(rejected.name)
-        what = "the file is" if len(kept) == 1 else "the files are"
-        raise ExportError(f"{path}: {fault}; {what} kept as {', '.join(kept)}") from fault
-    except BaseException:
-        for written in pending.values():
-            written.unlink(missing_ok=True)
-        raise
-    for path, written in pending.items():
-        written.replace(path)
-        path.with_name(f"{path.name}{_REJECTED}").unlink(missing_ok=True)
-    return parity
+def measured(family: Family, adapter: Adapter, recipe: Recipe) -> Reference:
+    """Return what files of `adapter`, attached to the trained `family`, are held to."""
+    probe = make_probe(family, _probe_prompts(recipe), recipe.train.seed)
+    return measure(family, adapter, probe, new_words=words_of(adapter) is not None)
 
 
-def _read_back(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Raise VerificationError where the disk holds anything else than what was written."""
-    read, said = read_safetensors(path)
-    if read.keys() != tensors.keys() or said != dict(metadata):
-        raise VerificationError("read back", "names or metadata differ from what was written")
-    for key, tensor in tensors.items():
-        if read[key].dtype != tensor.dtype or not read[key].equal(tensor):
-            raise VerificationError("read back", f"{key} differs from what was written")
-
-
-def verify(
-    paths: Path | Sequence[Path],
-    recipe: Recipe,
-    trained: Family,
-    adapter: Adapter,
-    dtype: str | None = None,
+def check(
+    paths: Sequence[Path], recipe: Recipe, trained: Reference, device: torch.device, dtype: str
 ) -> Parity:
     """Load the files at `paths` into a fresh base, as `tunekit.loading` does, and compare.
 
-    trained: the recipe's base with the trained `adapter` attached. dtype: number format of the
-    file; None: the recipe's. Raises VerificationError, naming the first check that fails: every
-    tensor of the file taken up, every module's weights changed as trained, the prediction equal
-    within the formats' precision, and different from the base's.
+    trained: what the recipe's base made of a probe with what was taught. dtype: number format of
+    the files. Raises VerificationError, naming the first check that fails: every tensor of the
+    files taken up, every module's weights changed as trained, the prediction equal within the
+    formats' precision, and different from the base's.
     """
-    fresh = families.load(recipe.base, trained.device)
-    probe = make_probe(fresh, _probe_prompts(recipe), recipe.train.seed)
-    reference = measure(trained, adapter, probe, new_words=words_of(adapter) is not None)
-    together = [paths] if isinstance(paths, Path) else list(paths)
-    return compare(
-        together, fresh, probe, reference, dtype or recipe.export.dtype, recipe.base.dtype
-    )
+    gc.collect()  # of the base before, whose modules know each other
+    fresh = families.load(recipe.base, device)
+    return compare(paths, fresh, trained, dtype, recipe.base.dtype)
 
 
 def sha256(path: Path) -> str:

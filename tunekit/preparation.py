@@ -6,6 +6,7 @@ The cheapest checks come first: pictures, then the judges of the evaluation, the
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,15 @@ class Prepared:
         """Load the base afresh and attach what may change, as it was before training."""
         from tunekit import families
 
-        del self.family, self.adapter  # both at once would take twice the memory
+        self.let_go()  # both at once would take twice the memory
         self.family = families.load(recipe.base, self.device)
         self.adapter = _attached(recipe, self.family)
+
+    def let_go(self) -> None:
+        """Drop the base and what is attached to it from memory, until `renew`."""
+        for name in ("family", "adapter"):
+            vars(self).pop(name, None)
+        gc.collect()  # modules and their hooks know each other
 
     def manifest(self) -> dict[str, dict[str, str]]:
         """Return what each picture is, by its part in the run and its name: for a run that resumes.

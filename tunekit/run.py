@@ -237,6 +237,7 @@ class _Session:
 
     def run(self) -> Run:
         """Train, export, evaluate and report in the claimed folder."""
+        from tunekit.errors import without_frames
         from tunekit.evaluation.facts import for_card
         from tunekit.export import ExportError, write_card
         from tunekit.outcome import Outcome
@@ -253,11 +254,11 @@ class _Session:
                 try:
                     files = self._export(step)
                 except ExportError as error:
-                    refused = error
+                    refused = without_frames(error)
                     self.prepared.notes.append(f"no adapter file came out: {error}")
                     self.reporter.note(self.prepared.notes[-1])
             with self._timed("evaluating"), self._memory_told("while the run was evaluated"):
-                evaluation = self._evaluate(files)
+                evaluation = self._evaluate(files, step)
             self.samples.before_after(evaluation.pairs)
             log.scores(evaluation.scores["scores"], step)
         outcome = Outcome(
@@ -279,17 +280,13 @@ class _Session:
         return Run(self.writer.path, self.recipe, evaluation.scores, files)
 
     def _export(self, step: int) -> list[ExportedFile]:
-        from tunekit.export import export_adapter
+        from tunekit import export
 
-        ready = self.prepared
+        ready, folder, lesson = self.prepared, self.writer.path / EXPORT, self._lesson(step)
         with self.reporter.stage("exporting", 1) as tick:
-            files = export_adapter(
-                ready.family,
-                ready.adapter,
-                self.recipe,
-                self.writer.path / EXPORT,
-                lesson=self._lesson(step),
-            )
+            written = export.write(ready.family, ready.adapter, self.recipe, folder, lesson=lesson)
+            ready.let_go()  # make room for a base that was not trained
+            files = written.verified()
             tick("verified")
         return files
 
@@ -306,8 +303,11 @@ class _Session:
         captions = [example.captions for example in ready.sheet.examples]
         return Lesson.of(captions, ready.manifest(), step, thumbnail)
 
-    def _evaluate(self, files: Sequence[ExportedFile]) -> Evaluation:
-        """Draw before and after, and score; the live modules draw where no file came out."""
+    def _evaluate(self, files: Sequence[ExportedFile], step: int) -> Evaluation:
+        """Draw before and after, and score; what is saved of `step` draws where no file came out.
+
+        One base is in memory at a time.
+        """
         from tunekit.evaluation.judges import load_judges
         from tunekit.evaluation.measure import Gallery, count_pictures, measure
         from tunekit.export import needed
@@ -315,15 +315,14 @@ class _Session:
         from tunekit.samples import InTurn
 
         ready, base = self.prepared, self.recipe.base
-        if files:
-            del ready.family, ready.adapter  # make room for fresh ones, one at a time
+        ready.let_go()
         turns = InTurn()
         before = turns.of(lambda: load(base, device=ready.device))
         after = turns.of(
             lambda: (
                 load(base, needed(files), device=ready.device)
                 if files
-                else Painter.of(ready.family, ready.adapter)
+                else Painter.of(*self.course.again(step))
             )
         )
         training, held_out = ready.references

@@ -22,6 +22,8 @@ from tunekit.wholefile import remove_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tunekit.adapters import Adapter
+    from tunekit.families import Family
     from tunekit.interrupts import Wish
     from tunekit.preparation import Prepared
     from tunekit.progress import Reporter
@@ -106,8 +108,7 @@ class Course:
         """
         steps, likeness = self.recipe.train.steps, self._likeness(log)
         if self._sharded:  # what was trained in parts is put together in a fresh base
-            self.prepared.renew(self.recipe)
-            self._take(steps)
+            self.again(steps)
         if not self.recipe.train.keep_best:
             return steps
         best = keeping.best(likeness)
@@ -120,6 +121,12 @@ class Course:
             f"{self._judge.against} (mean cosine {curve})"
         )
         return best
+
+    def again(self, step: int) -> tuple[Family, Adapter]:
+        """Return a fresh base with what is saved of `step`; both stand in what is prepared."""
+        self.prepared.renew(self.recipe)
+        self._take(step)
+        return self.prepared.family, self.prepared.adapter
 
     def _take(self, step: int) -> None:
         saved = checkpoint.read(self._folder(step))

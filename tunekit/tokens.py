@@ -202,13 +202,14 @@ class Tokens(Adapter):
         told = {"tunekit.words": json.dumps(counts, ensure_ascii=False)}
         return told | ({files.STARTS: json.dumps(starts, ensure_ascii=False)} if starts else {})
 
-    def changes(self) -> dict[str, Callable[[], Tensor]]:
+    def changes(self) -> dict[str, Callable[[Family], Tensor]]:
         """Return what gives each word's vectors: what the base has none of."""
-        found: dict[str, Callable[[], Tensor]] = {}
+        found: dict[str, Callable[[Family], Tensor]] = {}
         for encoder, table in self._tables.items():
-            at = 0
+            rows, at = table.rows().detach().float().cpu().clone(), 0
             for token in self._tokens:
-                found[f"{encoder}/{token.name}"] = partial(_part, table, at, at + token.vectors)
+                own = rows[at : at + token.vectors]
+                found[f"{encoder}/{token.name}"] = partial(_whichever, own)
                 at += token.vectors
         return found
 
@@ -263,7 +264,7 @@ class Together(Adapter):
         rows, told = self.tokens.export_state(layout)
         return tensors | rows, facts | told
 
-    def changes(self) -> dict[str, Callable[[], Tensor]]:
+    def changes(self) -> dict[str, Callable[[Family], Tensor]]:
         return self.adapter.changes() | self.tokens.changes()
 
     def set_scale(self, scale: float) -> None:
@@ -363,5 +364,6 @@ def _of_norm(rows: Tensor, norm: float) -> Tensor:
     return scaled
 
 
-def _part(table: AddedRows, start: int, end: int) -> Tensor:
-    return table.rows()[start:end].detach().float().cpu()
+def _whichever(rows: Tensor, family: Family) -> Tensor:
+    """Return vectors that are the same for every base."""
+    return rows

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,10 +75,12 @@ class Reference:
     """The trained model's answer [B, C, h, w] to a probe, and what gives its weights' changes.
 
     base: the answer before training, where a fresh base would read other tokens in the prompts.
+    Nothing here holds the trained base, which may go.
     """
 
+    probe: Probe
     prediction: Tensor
-    changes: Mapping[str, Callable[[], Tensor]]
+    changes: Mapping[str, Callable[[Family], Tensor]]
     base: Tensor | None = None
 
 
@@ -117,24 +120,23 @@ def measure(
                 before = ask(family, probe)
             finally:
                 adapter.set_scale(1.0)
-        return Reference(ask(family, probe), adapter.changes(), before)
+        return Reference(probe, ask(family, probe), adapter.changes(), before)
 
 
 def compare(
     paths: Sequence[Path],
     fresh: Family,
-    probe: Probe,
     trained: Reference,
     file_dtype: str,
     base_dtype: str,
 ) -> Parity:
-    """Load the files at `paths` into `fresh`, an untouched base, and compare with `trained`.
+    """Load the files at `paths` into `fresh`, a base that was not trained; compare with `trained`.
 
     file_dtype, base_dtype: the number formats of the file and of the base ("fp32", "fp16", "bf16").
     Raises VerificationError at the first check that fails.
     """
     with undisturbed(fresh):
-        base = ask(fresh, probe) if trained.base is None else trained.base
+        base = ask(fresh, trained.probe) if trained.base is None else trained.base
         size, change = float(base.norm()), float((trained.prediction - base).norm())
         if not change > LEAST_CHANGE * size:
             raise VerificationError(
@@ -147,8 +149,9 @@ def compare(
         if base_dtype != "fp32":  # diffusers holds the file's tensors in the base's format
             tolerance += TOLERANCE[base_dtype]
         floor = FLOOR[file_dtype] + (FLOOR[base_dtype] if base_dtype != "fp32" else 0.0)
-        worst, lost = _compare_changes(loaded, trained.changes, tolerance, floor)
-        predicted = ask(fresh, probe)
+        wanted = {name: partial(change, fresh) for name, change in trained.changes.items()}
+        worst, lost = _compare_changes(loaded, wanted, tolerance, floor)
+        predicted = ask(fresh, trained.probe)
     distance = float((predicted - trained.prediction).norm())
     tolerance += lost
     if not distance <= tolerance * change + NOISE[base_dtype] * size:  # NaN fails too

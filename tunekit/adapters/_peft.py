@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -191,16 +193,15 @@ class PeftAdapter(Adapter):
             self._layers,
         )
 
-    def changes(self) -> dict[str, Callable[[], Tensor]]:
-        from functools import partial
-
+    def changes(self) -> dict[str, Callable[[Family], Tensor]]:
         return {
-            f"{component}.{name}": partial(self.change, layer)
+            f"{component}.{name}": partial(_on, _apart(layer), self.change, component, name)
             for component, layers in self._layers.items()
             for name, layer in layers.items()
         }
 
-    def change(self, layer: Any) -> Tensor:
+    @classmethod
+    def change(cls, layer: Any) -> Tensor:
         """Return what is added to a layer's weight, float32 on the CPU."""
         from tunekit.changes.layers import peft_change
 
@@ -243,6 +244,26 @@ class PeftAdapter(Adapter):
                 module.set_submodule(name, layer.get_base_layer())
             del module.peft_config
         self._layers = {}
+
+
+def _apart(layer: Any) -> Any:
+    """Return a peft layer that shares what learned, and holds no module of the base."""
+    alone = copy.copy(layer)
+    alone._modules = {k: part for k, part in layer._modules.items() if k != "base_layer"}
+    return alone
+
+
+def _on(
+    alone: Any, change: Callable[[Any], Tensor], component: str, name: str, family: Family
+) -> Tensor:
+    """Return what such a layer adds to the weight of a module of `family`."""
+    from tunekit.changes.layers import bare
+
+    alone.base_layer = bare(family.component(component).get_submodule(name))
+    try:
+        return change(alone)
+    finally:
+        del alone.base_layer
 
 
 def _inject(

@@ -122,15 +122,8 @@ class RotationAdapter(Adapter):
         )
 
     def _blocks(self, module: Any) -> Tensor:
-        """Return the blocks as files hold them, above the diagonal: [..., b, b]."""
-        import torch
-
-        angles: Tensor = getattr(module, _PLACE)
-        size = self._settings.block_size
-        rows, columns = torch.triu_indices(size, size, 1, device=angles.device)
-        blocks = angles.new_zeros(*angles.shape[:-1], size, size)
-        blocks[..., rows, columns] = angles
-        return blocks
+        """Return a module's blocks as files hold them, above the diagonal: [..., b, b]."""
+        return _blocks(getattr(module, _PLACE), self._settings.block_size)
 
     def _turn(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Turn a layer's output: a hook. [B, C, h, w] of a convolution, else [..., C]."""
@@ -146,21 +139,10 @@ class RotationAdapter(Adapter):
         change = self.turned(cayley(self._blocks(module)), rows).T.reshape(straight.shape)
         return output + (change.movedim(-1, channels) * self._scale).to(output.dtype)
 
-    def _change(self, module: Any) -> Tensor:
-        import torch
-
-        from tunekit.changes.deltas import cayley
-        from tunekit.changes.layers import weight_of
-
-        with torch.no_grad():
-            weight = weight_of(module).float()
-            change = self.turned(cayley(self._blocks(module)), weight.flatten(1))
-        scaled: Tensor = change.reshape(weight.shape).cpu() * self._scale
-        return scaled
-
-    def changes(self) -> dict[str, Callable[[], Tensor]]:
+    def changes(self) -> dict[str, Callable[[Family], Tensor]]:
+        turn = partial(_change, self.turned, self._settings.block_size, self._scale)
         return {
-            f"{component}.{name}": partial(self._change, module)
+            f"{component}.{name}": partial(turn, getattr(module, _PLACE), component, name)
             for (component, name), module in self._modules.items()
         }
 
@@ -208,6 +190,37 @@ class RotationAdapter(Adapter):
         for module in self._modules.values():
             del module._parameters[_PLACE]
         self._modules, self._handles = {}, []
+
+
+def _blocks(angles: Tensor, size: int) -> Tensor:
+    import torch
+
+    rows, columns = torch.triu_indices(size, size, 1, device=angles.device)
+    blocks = angles.new_zeros(*angles.shape[:-1], size, size)
+    blocks[..., rows, columns] = angles
+    return blocks
+
+
+def _change(
+    turned: Callable[[Tensor, Tensor], Tensor],
+    size: int,
+    scale: float,
+    angles: Tensor,
+    component: str,
+    name: str,
+    family: Family,
+) -> Tensor:
+    """Return how turns change the weight of a module of `family`."""
+    import torch
+
+    from tunekit.changes.deltas import cayley
+    from tunekit.changes.layers import bare, weight_of
+
+    with torch.no_grad():
+        weight = weight_of(bare(family.component(component).get_submodule(name))).float()
+        change = turned(cayley(_blocks(angles, size)), weight.flatten(1))
+    scaled: Tensor = change.reshape(weight.shape).cpu() * scale
+    return scaled
 
 
 def _width(module: Any) -> int:

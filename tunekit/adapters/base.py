@@ -66,10 +66,12 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def changes(self) -> dict[str, Callable[[], Tensor]]:
-        """Return what gives the present change of each weight: float32 on the CPU, of its shape.
+    def changes(self) -> dict[str, Callable[[Family], Tensor]]:
+        """Return what gives the change of each weight of a base: float32 on the CPU, of its shape.
 
         Under "component.module" for a module's weight and "component.module.bias" for its bias.
+        The base is one that was not trained. They hold nothing of the base that was, and not this
+        adapter: both may go.
         """
 
     @abstractmethod

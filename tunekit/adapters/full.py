@@ -156,12 +156,12 @@ class Full(Adapter):
             if not own.equal(before)
         }
 
-    def changes(self) -> dict[str, Callable[[], Tensor]]:
+    def changes(self) -> dict[str, Callable[[Family], Tensor]]:
         return {
             f"{component}.{name}{'' if which == 'weight' else f'.{which}'}": partial(
-                _times, self._scale, change
+                _since, self._held[component, name, which][2], self._scale, component, name, which
             )
-            for (component, name, which), change in self._differences().items()
+            for component, name, which in self._differences()
         }
 
     def export_state(self, layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -213,5 +213,11 @@ def _difference(before: Tensor, own: Tensor) -> Tensor:
     return (own.detach() - before.detach()).float().cpu()
 
 
-def _times(scale: float, change: Callable[[], Tensor]) -> Tensor:
-    return change() * scale
+def _since(
+    own: Tensor, scale: float, component: str, name: str, which: str, family: Family
+) -> Tensor:
+    """Return what was learned since a base that was not trained: `scale` times as strong."""
+    from tunekit.changes.layers import bare, untouched
+
+    module = bare(family.component(component).get_submodule(name))
+    return _difference(untouched(module, which), own) * scale

@@ -118,11 +118,11 @@ class Lora(PeftAdapter):
 
     def __init__(self, family: Family, settings: Any, layers: dict[str, dict[str, Any]]):
         super().__init__(family, settings, layers)
-        self._training = False
+        self._dropping = _RankDropout(settings.rank_dropout)
         if settings.rank_dropout:
             for made in layers.values():
                 for layer in made.values():
-                    layer.lora_A[NAME].register_forward_hook(self._drop_ranks)
+                    layer.lora_A[NAME].register_forward_hook(self._dropping)
 
     @classmethod
     def config(cls, settings: Any, **shared: Any) -> Any:
@@ -281,7 +281,8 @@ class Lora(PeftAdapter):
         trained = self._settings.rank * self._scaling(first)
         return super().facts() | {"tunekit.trained_alpha": str(trained)}
 
-    def change(self, layer: Any) -> Tensor:
+    @classmethod
+    def change(cls, layer: Any) -> Tensor:
         delta = super().change(layer)
         start = getattr(layer, "start", None)
         if start is None:
@@ -292,23 +293,29 @@ class Lora(PeftAdapter):
 
     def train(self, mode: bool = True) -> None:
         super().train(mode)
-        self._training = mode
+        self._dropping.training = mode
         if self._settings.dropout:
             for layers in self._layers.values():
                 for layer in layers.values():
                     layer.lora_dropout[NAME].train(mode)
 
-    def _drop_ranks(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Leave out ranks: a hook on A. [B, C, h, w] of a convolution, else [B, ..., rank]."""
+
+class _RankDropout:
+    """Leaves out ranks in training: a hook on A that knows nothing of the base."""
+
+    def __init__(self, share: float) -> None:
+        self._share, self.training = share, False
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return A's output: [B, C, h, w] of a convolution, else [B, ..., rank]."""
         from torch.nn import functional
 
-        share = self._settings.rank_dropout
-        if not self._training:
+        if not self.training:
             return output
         if output.ndim == 4:
-            return functional.dropout2d(output, share)
+            return functional.dropout2d(output, self._share)
         mask = output.new_ones(len(output), *[1] * (output.ndim - 2), output.shape[-1])
-        return output * functional.dropout(mask, share)
+        return output * functional.dropout(mask, self._share)
 
 
 def _put(layer: Any, factors: tuple[Tensor, Tensor]) -> None:

@@ -20,6 +20,20 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """Return the base's own module, which peft may have put a layer around."""
+    inner: Any = getattr(module, "get_base_layer", None)
+    found: nn.Module = module if inner is None else inner()
+    return found
+
+
+def untouched(module: nn.Module, which: str) -> Tensor:
+    """Return the base's own parameter, whatever `ShiftedParameter` has put in its place."""
+    own: Any = getattr(module, which)
+    found: Tensor = getattr(own, "unshifted", own)
+    return found.detach()
+
+
 def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
     """Return what a Linear or Conv2d of `module`'s geometry, with another weight, makes of x.
 

@@ -113,10 +113,8 @@ class _Base:
             all_of += ready
         elif phase.name in (way.TRAINING, way.SAVING):
             all_of += trained
-        elif phase.name == way.EXPORTING:
-            found = {n: 2 * self.sizes[n] for n in (self.denoiser, *self.encoders)}
-            found |= {n: phase.read.get(n, 0) for n in self.others}
-            return self._named(found)
+        elif phase.name == way.EXPORTING:  # the one that was trained, then a fresh one
+            all_of += self.encoders
         found = {name: self.sizes[name] for name in all_of}
         for name, size in phase.read.items():
             if name in self.sizes and name not in found:

@@ -201,11 +201,11 @@ class _Run:
             self.prompt(1)
             ledger.keep(_COPIES, self.sizes)
             ledger.keep(_COPIES, [size // half for size in self.sizes])
+            ledger.drop(_COPIES)
             ledger.keep(_CHANGES, [size // half for size in self.sizes])
             # What diffusers reads stays in factors; of others the whole change is reckoned.
             read = adapter is None or adapter.layout_fault("diffusers") is None
             ledger.keep(_CHANGES, self.sizes if read else self.outline.changed())
-            ledger.drop(_COPIES)
         ledger.drop(TRAINS)
 
 
