@@ -20,8 +20,3 @@ def clip_path() -> Path:
 def subject_encoder_path() -> Path:
     """Folder of the bundled subject encoder: a transformers ResNetModel for 64 px pictures."""
     return WEIGHTS / "subject"
-
-
-def judge_path() -> Path:
-    """Weights of the classifier trained on the renderer, which assesses the base."""
-    return WEIGHTS / "judge" / "model.safetensors"
