@@ -235,26 +235,51 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
-def test_a_killed_process_ends_the_run_and_what_is_saved_goes_on(
-    written: Path, tmp_path: Path
-) -> None:
-    words = ("train", written, "--out", tmp_path / "run", "--processes", 2)
-    with typed(*words) as (first, folder):
+def end_by_killing(words: tuple[object, ...], rank: int) -> int:
+    """Kill a process of a run that saves each step, hold its end to what is promised of it.
+
+    Returns the last step that is saved.
+    """
+    with typed(*words) as (launcher, folder):
         saved(folder)
-        second = ranks_of(first.pid)[1]
-        os.kill(second, signal.SIGKILL)
+        pids = ranks_of(launcher.pid)
+        os.kill(pids[rank], signal.SIGKILL)
         began = time.monotonic()
-        _, said = first.communicate(timeout=60)
+        _, said = launcher.communicate(timeout=60)
         assert time.monotonic() - began < 30
-    assert first.returncode == 2
-    assert f"process 1 of 2 (pid {second}) was killed by SIGKILL" in said
-    assert "Traceback" not in said
+    assert launcher.returncode == 2
+    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
     left = checkpoint.steps(folder / "checkpoints")
     for path in left:
         checkpoint.verify(path)
     last = checkpoint.step_of(left[-1])
-    assert f"step-{last:06d} is saved: --resume goes on from there" in said
+    assert said.endswith(
+        f"\nprocess {rank} of 2 (pid {pids[rank]}) was killed by SIGKILL, and the run has ended "
+        f"with it; step-{last:06d} is saved: --resume goes on from there\n"
+    )
+    assert said.count("is saved") == said.count(" ended") == 1, "it is told once"
+    assert "Traceback" not in said
+    return last
+
+
+BY_PROC = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds processes by /proc"
+)
+
+
+@BY_PROC
+def test_killing_the_first_process_ends_the_run(written: Path, tmp_path: Path) -> None:
+    """The one that saves: nobody else can, and what was saved before is whole."""
+    end_by_killing(("train", written, "--out", tmp_path / "run", "--processes", 2), 0)
+
+
+@BY_PROC
+def test_a_killed_process_ends_the_run_and_what_is_saved_goes_on(
+    written: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = ("train", written, "--out", folder, "--processes", 2)
+    last = end_by_killing(words, 1)
 
     with typed(*words, "--resume") as (again, _):
         step = saved(folder, last)

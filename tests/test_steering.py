@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +23,6 @@ import tunekit
 from tunekit import checkpoint, keeping, outofmemory, runstate
 from tunekit.errors import UserError
 from tunekit.export import ExportError
-from tunekit.guards import TrainingError
 from tunekit.outofmemory import OutOfMemoryError
 from tunekit.progress import Silent, Ticker
 from tunekit.recipe import dump_yaml, recipe_from
@@ -219,102 +215,6 @@ class Spoil(Silent):
                     self.action()
 
         yield tick
-
-
-class TestRescue:
-    def test_a_cache_that_vanishes_names_the_picture_and_loses_nothing(
-        self, tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        train = {"steps": 6, "batch_size": 1, "checkpoint_every": 0, "sample_every": 0}
-        recipe = tree(train=train)
-        whole = tunekit.train(recipe, out=tmp_path / "whole", reporter=Silent())
-        cache, out = tmp_path / "cache", tmp_path / "run"
-        monkeypatch.setenv("TUNEKIT_CACHE", str(cache))
-        with pytest.raises(UserError) as caught:
-            tunekit.train(recipe, out=out, reporter=Spoil(2, lambda: shutil.rmtree(cache, True)))
-        line = str(caught.value)
-        assert "\n" not in line
-        assert line[:6] in ("0.png:", "1.png:", "2.png:", "3.png:")
-        assert "has vanished since the run began" in line
-        assert line.endswith("step 2 is saved: the same command with --resume goes on")
-        assert saved(out) == [2]
-        state = runstate.read(out)
-        assert state is not None
-        assert (state.outcome, state.step) == ("failed", 2)
-        assert state.error is not None
-        assert str(tmp_path) not in state.error
-        tunekit.train(recipe, out=out, reporter=Silent(), resume=True)
-        shutil.rmtree(out / "checkpoints" / "step-000002")  # which the other run had no reason for
-        assert_same(whole.folder, out)
-        assert (runstate.read(out) or state).outcome == "finished"
-
-    def test_a_guard_that_stops_the_run_leaves_the_step_before(
-        self, tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The latents of one step are made infinite, as a broken file of a cache could be."""
-        recipe = tree(train={"steps": 4, "checkpoint_every": 0, "sample_every": 0})
-        spoil_step(monkeypatch, 2)
-        with pytest.raises(TrainingError) as caught:
-            tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
-        line = str(caught.value)
-        assert line.startswith("step 3 of 4: the loss is ")
-        assert ', "a zorp robot ' in line
-        assert line.endswith("; step 2 is saved: the same command with --resume goes on")
-        assert caught.value.step == 3
-        assert saved(tmp_path / "run") == [2]
-        told = Told()
-        finished = tunekit.train(
-            recipe, ["train.on_nonfinite=skip"], out=tmp_path / "run", reporter=told, resume=True
-        )
-        assert any(note.startswith("step 3 of 4: the loss is") for note in told.notes)
-        [skipped] = [line for line in metrics(finished.folder) if line.get("skipped")]
-        assert (skipped["step"], skipped["loss"], skipped["grad_norm"]) == (3, None, None)
-        assert finished.scores["run"]["steps_skipped"] == 1
-        assert "1 of the steps were not taken: 3" in finished.report.read_text()
-        straight = tunekit.train(
-            recipe, ["train.on_nonfinite=skip"], out=tmp_path / "straight", reporter=Silent()
-        )
-        assert_same_files(finished, straight)
-
-    def test_before_the_first_step_there_is_nothing_to_save(
-        self, tree: Callable[..., Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        spoil_step(monkeypatch, 0)
-        recipe = tree(train={"sample_every": 0})
-        with pytest.raises(TrainingError, match=r"^step 1 of 4.*skip$"):
-            tunekit.train(recipe, out=tmp_path / "run", reporter=Silent())
-        assert saved(tmp_path / "run") == []
-
-    def test_a_run_without_a_rate_stops_in_time(
-        self, tree: Callable[..., Tree], tmp_path: Path
-    ) -> None:
-        still = tree(train={"learning_rate": 0.0, "steps": 60, "sample_every": 0})
-        with pytest.raises(TrainingError, match="nothing that trains has moved in 20 steps"):
-            tunekit.train(still, out=tmp_path / "run", reporter=Silent())
-        assert len(metrics(tmp_path / "run")) == 20
-
-
-def spoil_step(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
-    """Hand out pictures that are no numbers in one step (0 is the first)."""
-    from tunekit.preparation import Prepared
-
-    batches = Prepared.batches
-
-    def spoiled(self: Prepared, settings: Any, ranks: Any) -> Any:
-        given = batches(self, settings, ranks)
-
-        def rows(step: int, micro: int) -> Any:
-            found = given(step, micro)
-            if step != bad:
-                return found
-            return [
-                dataclasses.replace(batch, latents=torch.full_like(batch.latents, math.inf))
-                for batch in found
-            ]
-
-        return rows
-
-    monkeypatch.setattr(Prepared, "batches", spoiled)
 
 
 _LITTLE = """

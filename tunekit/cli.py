@@ -129,9 +129,13 @@ def train(
     try:
         with ranks.joined(processes) as own:
             run = train_as(own, asked)
-    except (Interrupted, ranks.RankLostError) as stopped:
+    except Interrupted as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
+    except ranks.RankLostError as lost:
+        if not lost.watched:
+            typer.echo(str(lost), err=True)
+        raise typer.Exit(lost.exit_code) from None
     if run is None:  # one of several processes, of which the first tells
         return
     if as_json:

@@ -198,7 +198,11 @@ def _outcome(workers: Sequence[_Worker], folder: Path) -> int:
         return code  # it has told itself
     worker = next((worker for worker in workers if worker.to_blame), first)
     which = f"process {worker.rank} of {len(workers)} (pid {worker.process.pid})"
-    if worker.process.returncode < 0:
+    if not worker.to_blame and code > 0:
+        how = (
+            f"the {len(workers)} processes did not answer each other in time, and the run has ended"
+        )
+    elif worker.process.returncode < 0:
         name = signal.Signals(-worker.process.returncode).name
         how = f"{which} was killed by {name}, and the run has ended with it"
     else:

@@ -33,18 +33,29 @@ _HOW = "start `tunekit train --processes N`, or torchrun on this machine"
 
 
 class RankLostError(UserError):
-    """Another process of the run has ended, so that this one cannot go on either."""
+    """Another process of the run has ended, so that this one cannot go on either.
+
+    watched: `tunekit.launch` saw that, and tells of it and of what is saved.
+    """
 
     exit_code = 70
+
+    def __init__(self, watched: bool) -> None:
+        super().__init__("another process of this run has ended, or did not answer in time")
+        self.watched = watched
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among `count`; `rank` is its number, from 0. Alone it waits for nobody."""
+    """One process among `count`; `rank` is its number, from 0. Alone it waits for nobody.
+
+    watched: `tunekit.launch` started it, and tells of one that was lost, and of what is saved.
+    """
 
     rank: int = 0
     count: int = 1
     _patient: Any = None  # a group whose members wait for each other as long as WAIT_LIMIT
+    watched: bool = False
 
     @property
     def leads(self) -> bool:
@@ -97,9 +108,7 @@ class Ranks:
         except RuntimeError as error:
             if self.count == 1 or not _is_lost(error):
                 raise
-            raise RankLostError(
-                "another process of this run has ended, or did not answer in time"
-            ) from error
+            raise RankLostError(self.watched) from error
 
     def check(self, train: Train) -> None:
         """Raise UserError, a line a fault, where several processes cannot train with this."""
@@ -170,11 +179,12 @@ def joined(wanted: int | None = None) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=STEP_LIMIT)
-    own = Ranks(dist.get_rank(), count, dist.new_group(backend="gloo", timeout=WAIT_LIMIT))
+    patient = dist.new_group(backend="gloo", timeout=WAIT_LIMIT)
+    own = Ranks(dist.get_rank(), count, patient, os.environ.pop(LAUNCHED, None) is not None)
     # accelerate would start groups of its own; here it serves one process, as ever.
     for name in _NAMED:
         os.environ.pop(name, None)
-    if os.environ.pop(LAUNCHED, None):
+    if own.watched:
         threading.Thread(target=_end_with_launcher, daemon=True).start()
     yield own
     dist.destroy_process_group()  # not after an error: the others may be gone

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from tunekit import checkpoint, keeping, outofmemory
 from tunekit.errors import UserError
 from tunekit.guards import TrainingError
-from tunekit.ranks import ALONE, Ranks
+from tunekit.ranks import ALONE, RankLostError, Ranks
 from tunekit.runfolder import CHECKPOINTS
-from tunekit.wholefile import remove_folder
+from tunekit.wholefile import DiskError, remove_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -270,7 +270,7 @@ class Course:
             together = isinstance(error, TrainingError)  # which all processes find alike
             mine = together if self._sharded else self.ranks.leads
             if mine and loop.whole and self.done and (told := self._rescue(loop, log, error)):
-                if isinstance(error, UserError):
+                if isinstance(error, UserError) and not _told_elsewhere(error):
                     error.args = (str(error) + ("\n" if "\n" in str(error) else "; ") + told,)
                 else:
                     self.reporter.note(told)
@@ -285,9 +285,26 @@ class Course:
             if self.ranks.heard(missing) if self._sharded else missing:
                 self._save(self.done, loop, log)
         except (UserError, OSError, RuntimeError) as second:
-            told = f"step {self.done} could not be saved: {second}"
-            return "" if str(second) == str(error) else told
+            return _told_again(self.done, error, second)
+        if _told_elsewhere(error):
+            return ""
         return f"step {self.done} is saved: the same command with --resume goes on"
+
+
+def _told_elsewhere(error: Exception) -> bool:
+    """Return whether the process that started this one tells of it, and of what is saved."""
+    return isinstance(error, RankLostError) and error.watched
+
+
+def _told_again(step: int, error: Exception, second: Exception) -> str:
+    """Return what is new where `step` could not be saved either; "" where that was the error."""
+    if str(second) == str(error):
+        return ""
+    if isinstance(error, DiskError) and isinstance(second, DiskError):
+        needed = "" if second.needed is None else f": {second.needed} bytes needed"
+        again = second.path == error.path
+        return "" if again else f"step {step} could not be saved either{needed}"
+    return f"step {step} could not be saved: {second}"
 
 
 def _due(step: int, every: int) -> bool:

@@ -17,6 +17,14 @@ _PART = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}\.part")
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 
 
+class DiskError(UserError):
+    """A disk refuses. path: what it refused; needed: bytes, None where nobody knows."""
+
+    def __init__(self, message: str, path: Path, needed: int | None) -> None:
+        super().__init__(message)
+        self.path, self.needed = path, needed
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a name to write to; the file appears at `path` when the block ends well, else nowhere.
@@ -40,7 +48,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file (UTF-8, line ends as they are) by `whole_file`.
 
-    Raises UserError with the path where the disk refuses.
+    Raises DiskError with the path where the disk refuses.
     """
     with disk_errors(path), whole_file(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
@@ -110,25 +118,24 @@ def tidy(parent: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, verb: str = "written", needed: int | None = None) -> Iterator[None]:
-    """Turn a disk's refusal into one line with the path, and the bytes needed where it is known."""
+    """Turn a disk's refusal into DiskError: one line with the path and, where known, the bytes."""
     try:
         yield
     except OSError as error:
         room = "" if needed is None else f" ({needed} bytes needed)"
-        raise UserError(f"{path}: cannot be {verb}: {error.strerror or error}{room}") from error
+        told = f"{path}: cannot be {verb}: {error.strerror or error}{room}"
+        raise DiskError(told, path, needed) from error
 
 
 def check_room(path: Path, needed: int, remedy: str) -> None:
-    """Raise UserError, with `remedy`, where the disk under `path` has less than `needed` bytes."""
+    """Raise DiskError, with `remedy`, where the disk under `path` has less than `needed` bytes."""
     here = path.absolute()
     while not here.exists():
         here = here.parent
     free = shutil.disk_usage(here).free
     if free < needed:
-        raise UserError(
-            f"{path}: cannot be written: {needed} bytes needed, and the disk has {free} free; "
-            f"{remedy}"
-        )
+        told = f"{needed} bytes needed, and the disk has {free} free; {remedy}"
+        raise DiskError(f"{path}: cannot be written: {told}", path, needed)
 
 
 def to_disk(path: Path) -> None:
