@@ -64,6 +64,26 @@ def lower_drawing(recipe: Recipe, resolution: int | None = None) -> list[Advice]
     ]
 
 
+def lower_asked(quantize: str | None, batch: int = 1, edge: int | None = None) -> list[Advice]:
+    """Return the options of `tunekit generate` that would lower its memory, the cheapest first.
+
+    quantize: as of `base.quantize`; batch: pictures at a time; edge: their longer one in pixels,
+    None where none is drawn yet, or no option changes it.
+    """
+    found = []
+    if batch > 1:
+        price = "the same pictures but for rounding; slower on a GPU, hardly on a processor"
+        found.append(Advice((f"--batch={batch // 2}",), "activations", price, free=True))
+    for kind, price in _NARROW.items():
+        if quantize is None or (quantize != "nf4" and kind == "nf4"):  # all others are of 8 bits
+            found.append(Advice((f"--quantize={kind}",), "base", price))
+    if edge is not None and edge >= 512:
+        smaller = edge * 3 // 4 // 64 * 64
+        settings = (f"--width={smaller}", f"--height={smaller}")
+        found.append(Advice(settings, "activations", "smaller pictures, with less in them"))
+    return found
+
+
 def _free(recipe: Recipe) -> Iterator[Advice]:
     """Yield what leaves the result as it is, and costs time alone."""
     train = recipe.train

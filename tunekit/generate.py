@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunekit import inference
+from tunekit import inference, outofmemory
 from tunekit.drawing import Wanted, settings_of
 from tunekit.errors import UserError, did_you_mean
 from tunekit.inference import Drawn, Painter
@@ -94,8 +95,8 @@ def generate(
     picture once it is written. note: told what differs from a picture that is drawn again.
     form: png, or jpeg or webp; the grid is a PNG.
 
-    Raises UserError where something is missing, unsafe, unknown or contradictory; nothing is
-    written before everything has been loaded.
+    Raises UserError where something is missing, unsafe, unknown or contradictory, and
+    OutOfMemoryError; nothing is written before everything has been loaded.
     """
     if form not in SUFFIXES:
         raise UserError(
@@ -103,24 +104,39 @@ def generate(
         )
     decided = plan(request)
     folder = _folder(out, decided.name, overwrite)
-    painter = inference.load(
-        decided.base, decided.adapters, device, identify=True, controlnet=decided.controlnet
-    )
+    drawn: list[Drawn] = []
+    paths = []
+    with outofmemory.told_drawing("while the base was loaded", decided.base.quantize):
+        painter = inference.load(
+            decided.base, decided.adapters, device, identify=True, controlnet=decided.controlnet
+        )
     for difference in _differences(decided, painter.about):
         note(difference)
-    drawn, paths = [], []
-    for picture in painter.draw_all(decided.wanted):
-        name = f"{picture.number:03d}-{_slug(picture.prompt)}-seed{picture.seed}{SUFFIXES[form]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save(picture.image, folder / name, picture.settings)
-        paths.append(folder / name)
-        drawn.append(picture)
-        if progress is not None:
-            progress(picture)
+    with _memory_told(decided, painter.family.default_resolution):
+        for picture in painter.draw_all(decided.wanted):
+            number, ending = picture.number, SUFFIXES[form]
+            name = f"{number:03d}-{_slug(picture.prompt)}-seed{picture.seed}{ending}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save(picture.image, folder / name, picture.settings)
+            paths.append(folder / name)
+            drawn.append(picture)
+            if progress is not None:
+                progress(picture)
     if decided.again is not None and decided.unchanged:
         note(decided.again.compared(drawn[0].image))
     save_png(_sheet(drawn, decided.wanted), folder / GRID, _shared(drawn))
     return Generated(folder, tuple(paths), folder / GRID)
+
+
+def _memory_told(decided: Plan, own: int) -> contextlib.AbstractContextManager[None]:
+    """Say what lowers it where memory runs out. own: edge of the base's pictures in pixels."""
+    settings = [one.settings for one in decided.wanted]
+    together = max(min(one.together, len(one.seeds)) for one in decided.wanted)
+    edge = max(pixels or own for one in settings for pixels in (one.width, one.height))
+    what = f"while drawing ({together} at a time of {edge} pixels)"
+    if any(one.start is not None and one.start.extended for one in settings):
+        what, edge = f"while drawing ({together} at a time)", 0  # whose size no option changes
+    return outofmemory.told_drawing(what, decided.base.quantize, together, edge or None)
 
 
 def _differences(decided: Plan, about: Mapping[str, JsonValue]) -> list[str]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from tunekit.advice import lower_drawing, lower_memory
+from tunekit.advice import lower_asked, lower_drawing, lower_memory
 from tunekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) ?([KMGT]i?B|bytes)", re.IGNORECASE)
 _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 # How a RuntimeError says it: the allocators of torch for GPUs and for the computer's memory, a file
-# that is mapped, CUDA itself, C++.
+# that is mapped, CUDA itself, C++, a thread whose stack has no room.
+_THREAD = "can't start new thread"
 _SIGNS = (
     *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory"),
-    "bad_alloc",
+    *("bad_alloc", _THREAD),
 )
 _ONEDNN = "could not create a primitive"  # what it cannot compute at all has no descriptor
 
@@ -66,42 +67,63 @@ def asked(error: BaseException) -> int | None:
     return None
 
 
-@contextlib.contextmanager
-def told(when: Callable[[], str], recipe: Recipe, resolution: int | None = None) -> Iterator[None]:
+def told(
+    when: Callable[[], str], recipe: Recipe, resolution: int | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Turn running out of memory into OutOfMemoryError, with what would lower it.
 
     when: says what was done. resolution: edge of the pictures in pixels, where it is known.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError, UserError) as error:
-        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
-            raise
+
+    def explained(error: Exception) -> OutOfMemoryError:
         edge = f" of {resolution} pixels" if resolution else ""
         what = f"{when()} (train.batch_size {recipe.train.batch_size}{edge})"
-        advice = lower_memory(recipe, resolution)
-        raise _explained(error, what, "what lowers it", advice) from error
+        return _explained(error, what, "what lowers it", lower_memory(recipe, resolution))
+
+    return _turning(explained)
 
 
-@contextlib.contextmanager
-def told_after(what: str, recipe: Recipe, resolution: int) -> Iterator[None]:
+def told_after(
+    what: str, recipe: Recipe, resolution: int
+) -> contextlib.AbstractContextManager[None]:
     """Do the same after the last step, whose checkpoint stands: nothing is to be trained again.
 
     what: was done. resolution: edge of the pictures that are drawn, in pixels.
     """
+
+    def explained(error: Exception) -> OutOfMemoryError:
+        head = (
+            "the last step is saved, and with more memory free the same command with --resume goes "
+            "on from there; what lowers it in a new run"
+        )
+        size = f"{what} (pictures of {resolution} pixels)"
+        return _explained(error, size, head, lower_drawing(recipe, resolution))
+
+    return _turning(explained)
+
+
+def told_drawing(
+    what: str, quantize: str | None, batch: int = 1, edge: int | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Do the same where nothing trains, as in `tunekit generate`, with the options that lower it.
+
+    what: was done. quantize, batch, edge: as of `advice.lower_asked`.
+    """
+
+    def explained(error: Exception) -> OutOfMemoryError:
+        return _explained(error, what, "what lowers it", lower_asked(quantize, batch, edge))
+
+    return _turning(explained)
+
+
+@contextlib.contextmanager
+def _turning(explained: Callable[[Exception], OutOfMemoryError]) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError, UserError) as error:
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
-        head = (
-            "the last step is saved, and with more memory free the same command with --resume goes "
-            "on from there; what lowers it in a new run"
-        )
-        advice = lower_drawing(recipe, resolution)
-        raise _explained(
-            error, f"{what} (pictures of {resolution} pixels)", head, advice
-        ) from error
+        raise explained(error) from error
 
 
 def _explained(
@@ -110,5 +132,7 @@ def _explained(
     size = asked(error)
     needed = "" if size is None else f": {size:,} bytes more were asked for"
     end = f"{head}, the cheapest first:" if advice else f"{head}: no setting"
-    lines = [f"out of memory {what}{needed}; {end}", *(f"  {one}" for one in advice)]
+    threads = any(_THREAD in str(one) for one in _chain(error))  # nobody says for want of which
+    lacks = "out of memory, or of threads that may be started," if threads else "out of memory"
+    lines = [f"{lacks} {what}{needed}; {end}", *(f"  {one}" for one in advice)]
     return OutOfMemoryError("\n".join(lines), size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tunekit import checkpoint, outofmemory, runstate
+from tunekit.advice import lower_asked
 from tunekit.errors import UserError
 from tunekit.outofmemory import OutOfMemoryError
 from tunekit.recipe import dump_yaml, recipe_from
@@ -71,6 +73,94 @@ def test_after_the_last_step_it_is_explained_and_goes_on(
     assert (state.outcome, state.step) == ("failed", 1)
     [saved] = checkpoint.steps(out / "checkpoints")
     checkpoint.verify(saved)
+
+
+# From a part of drawing on, little more is to be had: enough to start with, not for a batch.
+_LITTLE = """
+import resource, sys
+import tunekit.cli, tunekit.generate, tunekit.inference
+import tunekit.data.records, tunekit.redaction  # the refusal itself needs them
+import diffusers, transformers, accelerate, peft
+_, part, more, *words = sys.argv
+owner = tunekit.inference if part == "load" else tunekit.inference.Painter
+take = getattr(owner, part)
+def short(*arguments, **named):
+    size = int(next(line.split()[1] for line in open("/proc/self/status") if "VmSize" in line))
+    room = size * 1024 + int(more)
+    resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    return take(*arguments, **named)
+setattr(owner, part, short)
+sys.argv = ["tunekit", "generate", *words]
+tunekit.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "room", "when", "wanted"),
+    [
+        (
+            *("draw_all", 200_000_000, "while drawing (4 at a time of 1024 pixels)"),
+            ["--batch=2", "--quantize=int8", "--quantize=nf4", "--width=768 --height=768"],
+        ),
+        ("load", 0, "while the base was loaded", ["--quantize=int8", "--quantize=nf4"]),
+    ],
+)
+def test_drawing_says_which_options_lower_it(
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+    part: str,
+    room: int,
+    when: str,
+    wanted: list[str],
+) -> None:
+    out = tmp_path / "out"
+    words = ["--base", str(tiny_folder()), "--prompt", "a robot", "--count", "6", "--batch", "4"]
+    words += ["--width", "1024", "--height", "768", "--steps", "1", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", _LITTLE, part, str(room), *words],
+        capture_output=True, text=True, env=os.environ, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    [at] = [n for n, line in enumerate(lines) if line.startswith("out of memory")]
+    assert re.fullmatch(
+        rf"out of memory(, or of threads that may be started,)? {re.escape(when)}"
+        r"(: [\d,]+ bytes more were asked for)?; what lowers it, the cheapest first:",
+        lines[at],
+    )
+    named = [line.partition(": ")[0].strip() for line in lines[at + 1 :]]
+    assert named == wanted
+    assert not out.exists()
+
+
+def test_what_is_advised_for_drawing_is_not_had_already() -> None:
+    assert [str(one).partition(":")[0] for one in lower_asked("int8_torchao", 1, 64)] == [
+        "--quantize=nf4"
+    ]
+    assert lower_asked("nf4") == []
+
+
+def test_a_thread_that_finds_no_room_is_a_want_of_memory(tree: Callable[..., Any]) -> None:
+    """What Python says where a thread's stack has no room, and nothing else."""
+    code = """
+import resource, threading
+from tunekit.outofmemory import is_out_of_memory
+threading.stack_size(2**28)
+resource.setrlimit(resource.RLIMIT_AS, (2**28, resource.RLIM_INFINITY))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError as error:
+    print(is_out_of_memory(error))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env=os.environ, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "True\n", done.stdout + done.stderr
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory, or of threads"):  # noqa: SIM117
+        with outofmemory.told_after("while pictures were drawn", recipe_from(tree()), 64):
+            raise RuntimeError("can't start new thread")
 
 
 def test_what_a_library_calls_unreadable_for_want_of_memory_is_that(
