@@ -41,9 +41,20 @@ def another(name: str, key: str) -> Callable[[Sets], None]:
     return change
 
 
+def forgetful(sets: Sets) -> None:
+    """Say of every parameter that no step has moved it, as of one whose gradient never came."""
+    optimizer = sets["optimizer"]
+    for key in list(optimizer):
+        kind, _, place = key.partition("/")
+        if kind in ("tensor", "int", "float", "bool"):
+            del optimizer[key]
+            optimizer[f"none/{'.'.join(place.split('.')[:2])}"] = torch.zeros(1, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (forgetful, "has learned nothing, though steps were taken"),
         (smaller("adapter", ".weight"), "has another shape of"),
         (another("adapter", "unet.nothing"), "holds unknown unet.nothing"),
         (smaller("optimizer", ".exp_avg"), "optimizer state does not fit: tensor/0.0.exp_avg"),

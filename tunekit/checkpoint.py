@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 META = "meta.json"
 _FORMAT = 1
-_ROOM_BESIDE = 100_000  # bytes of headers, manifest and facts
+_ROOM_BESIDE = 100_000  # bytes of the manifest and facts
+_ENTRY = 160  # bytes that a header has of a tensor beside its name, at most
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -50,7 +51,8 @@ def save(
     """
     folder = Path(folder)
     needed = sum(_bytes(group) for group in tensors.values())
-    check_room(folder, needed + _ROOM_BESIDE, "make room, or keep fewer checkpoints")
+    beside = _ROOM_BESIDE + sum(_described(group) for group in tensors.values())
+    check_room(folder, needed + beside, "make room, or keep fewer checkpoints")
     with _disk_errors(folder, needed), whole_folder(folder) as partial:
         for name, group in tensors.items():
             assert re.fullmatch(r"[a-z][a-z0-9_]*", name), name
@@ -153,6 +155,11 @@ def write_safetensors(
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _described(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of a file's header, at most."""
+    return sum(_ENTRY + len(name.encode()) for name in tensors)
 
 
 def _write_tensors(

@@ -210,6 +210,11 @@ class Pulse:
         if self.moved:
             self._before = []
 
+    @property
+    def taken(self) -> bool:
+        """Whether a step was taken so far, whatever it moved."""
+        return self.moved or self._still > 0
+
     def state(self) -> list[int]:
         """Return all that is remembered; what it compares with is what trains, until it moves."""
         return [int(self.moved), self._still, int(self._felt)]

@@ -222,18 +222,22 @@ class _Session:
 
     def space_needed(self) -> int:
         """Return about how many bytes the run has yet to write: checkpoints, files, pictures."""
-        from tunekit.optim import saved_bytes
+        from tunekit.optim import disk_bytes
 
-        train = self.recipe.train
-        each = sum(saved_bytes(train, self.prepared.adapter.parameter_groups()))
+        train, question = self.recipe.train, self.question
+        each = disk_bytes(train, self.prepared.adapter.parameter_groups())
         left = train.steps - self.start
         saved = math.ceil(left / (train.checkpoint_every or train.steps)) + train.keep_best
         if train.keep_last is not None:
             apart = train.steps // train.keep_every if train.keep_every else 0
             saved = min(saved, train.keep_last + apart + train.keep_best + 1)
-        pictures = 3 * self.prepared.resolution**2 * (4 * len(self.question.prompts) + 16)
-        files = 2 * 4 * self.parameters  # in two layouts, if not more
-        return each * saved + files + pictures + 5_000_000
+        times = math.ceil(left / train.sample_every) + 1 if train.sample_every else 1
+        # Each by itself, in a sheet, in TensorBoard and in the report; before and after.
+        pictures = 5 * times * len(self.samples.prompts)
+        pictures += 4 * len(question.prompts) * len(question.seeds) + 16
+        adapter, asked = self.recipe.adapter, self.recipe.export.layouts
+        files = 4 * self.parameters * (len(adapter.layouts(asked)) if adapter else 1)
+        return each * saved + files + pictures * 3 * self.prepared.resolution**2 + 5_000_000
 
     def run(self) -> Run:
         """Train, export, evaluate and report in the claimed folder."""

@@ -24,7 +24,13 @@ from tunekit.errors import UserError
 from tunekit.guards import Fault, Guards, Seen
 from tunekit.guards import TrainingError as TrainingError
 from tunekit.objective import Goal
-from tunekit.optim import build_optimizer, build_schedule, load_state_tensors, state_tensors
+from tunekit.optim import (
+    build_optimizer,
+    build_schedule,
+    has_stepped,
+    load_state_tensors,
+    state_tensors,
+)
 from tunekit.optim.average import Ema, Weights
 from tunekit.optim.fused import Stepping
 from tunekit.passes import Batches, Part, Pass, passes_of
@@ -188,6 +194,11 @@ class Loop:
         if self.ema is not None:
             self.ema.load_state_tensors(state.get("ema", self.adapter.state()))
         self.guards.load_state_tensors(state.get("guards", {}))
+        if self.guards.pulse.taken and not has_stepped(state["optimizer"]):
+            raise UserError(
+                "the saved optimizer state is that of one that has learned nothing, though steps "
+                "were taken"
+            )
         if self.accelerator.scaler is not None and "scaler" in state:
             scale = self.accelerator.scaler.state_dict()
             saved = {name: value.item() for name, value in state["scaler"].items()}

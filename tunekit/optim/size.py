@@ -14,6 +14,9 @@ _FLOAT = 4
 # bitsandbytes: tensors of fewer numbers keep 32 bits, others 8 with a float32 for each block.
 _SMALL, _BLOCK = 4096, 256
 _WHOLE = {"adamw": 2, "schedulefree_adamw": 2, "lion": 1, "prodigy": 4}
+_TABLE = 256 * _FLOAT  # what 8 bits stand for, saved with each state of them
+_ENTRY = 256  # bytes of a tensor's name, shape and place in a file's header, at most
+_BESIDE = 100_000  # what is remembered beside tensors, and the manifest
 _EIGHT = {"adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
 
 
@@ -33,6 +36,18 @@ def saved_bytes(train: Train, groups: Sequence[ParameterGroup]) -> list[int]:
     both = train.optimizer == "schedulefree_adamw" or averaged  # others draw than train
     copies = 1 + both + (train.ema is not None)
     return [*weights * copies, *state_bytes(train, groups)]
+
+
+def disk_bytes(train: Train, groups: Sequence[ParameterGroup]) -> int:
+    """Return the bytes of a checkpoint's folder: those of `saved_bytes`, and what describes them.
+
+    Never less than it is; more by what names are shorter than they may be.
+    """
+    held, shapes = saved_bytes(train, groups), [p.shape for g in groups for p in g.parameters]
+    tables = _EIGHT.get(train.optimizer, 0) * sum(math.prod(shape) >= _SMALL for shape in shapes)
+    # Of each parameter also its shape, how often it was stepped, and other numbers.
+    entries = len(held) + tables + 4 * len(shapes)
+    return sum(held) + _TABLE * tables + _ENTRY * entries + _BESIDE
 
 
 def _of(train: Train, shape: tuple[int, ...], rows: bool) -> list[int]:

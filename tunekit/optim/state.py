@@ -86,6 +86,11 @@ def load_state_tensors(optimizer: Optimizer, state: Mapping[str, Tensor]) -> Non
         parts[member].state[parameter][name] = value
 
 
+def has_stepped(state: Mapping[str, Tensor]) -> bool:
+    """Return whether anything was learned for a parameter in what `state_tensors` returned."""
+    return any(key.partition("/")[0] in ("tensor", *_KINDS) for key in state)
+
+
 def _belonging(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return which kind of optimizer this is, and the shapes of its parameters."""
     import torch
