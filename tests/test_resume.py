@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from told import Told
+from told import KillAt, Killed, Told
 
 import tunekit
 from tunekit import checkpoint
@@ -30,27 +30,6 @@ from tunekit.run import Run
 
 Tree = dict[str, dict[str, Any]]
 STEPS = 6
-
-
-class Killed(BaseException):
-    """What no code of ours catches: the run ends where it stands."""
-
-
-class KillAt(Silent):
-    """Ends the run at a tick of a stage."""
-
-    def __init__(self, tick: int, stage: str = "training") -> None:
-        self.left, self.where = tick, stage
-
-    @contextlib.contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Ticker]:
-        def tick(told: str = "") -> None:
-            if name == self.where:
-                self.left -= 1
-                if self.left == 0:
-                    raise Killed
-
-        yield tick
 
 
 def recipe(tree: Callable[..., Tree], **train: Any) -> Tree:

@@ -30,8 +30,8 @@ from resumed import (
     draw_pictures,
     recipe_of,
 )
-from test_resume import Killed
 from tiny import FAMILIES
+from told import Killed
 from torch._dynamo.utils import counters
 
 from tunekit import adapters, checkpoint

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from resumed import EVERYTHING, draw_pictures, recipe_of
-from test_resume import KillAt, Killed
 from test_resume import assert_same as assert_same_files
+from told import KillAt, Killed
 
 import tunekit
 from tunekit import checkpoint

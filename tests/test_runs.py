@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import KillAt, Killed
-from told import Typed
+from told import KillAt, Killed, Typed
 
 import tunekit
 from tunekit import runlock, runs

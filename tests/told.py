@@ -1,4 +1,4 @@
-"""What is told: to a reporter that remembers, and by a command that was typed."""
+"""What is told: to reporters that remember, or end the run, and by a command that was typed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ class Told(Silent):
         before = len(told)  # a stage may come twice: for the subject's pictures and the class's
         yield lambda words="": told.append(words)
         assert len(told) - before == total, name
+
+
+class Killed(BaseException):
+    """What no code of ours catches: the run ends where it stands."""
+
+
+class KillAt(Silent):
+    """Ends the run at a tick of a stage."""
+
+    def __init__(self, tick: int, stage: str = "training") -> None:
+        self.left, self.where = tick, stage
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Ticker]:
+        def tick(told: str = "") -> None:
+            if name == self.where:
+                self.left -= 1
+                if self.left == 0:
+                    raise Killed
+
+        yield tick
 
 
 @dataclass(frozen=True)
