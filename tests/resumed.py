@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from looped import assert_equal, untimed
 from PIL import Image
-from test_train import assert_equal, untimed
 from torch import Tensor
 
 from tunekit import checkpoint

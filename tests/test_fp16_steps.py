@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_train import Load, Pictures, assert_equal, attach, settings, untimed
+from looped import Load, Pictures, assert_equal, attach, settings, untimed
 
 from tunekit.data.dataset import Batch
 from tunekit.train import Loop, TrainingError

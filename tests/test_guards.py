@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from looped import CAPTIONS, NAMES, Load, Pictures, assert_equal, attach, settings, untimed
 from safetensors.torch import load, save
-from test_train import CAPTIONS, Load, Pictures, assert_equal, attach, settings, untimed
 
 from tunekit.data.dataset import Batch
 from tunekit.errors import UserError
+from tunekit.families.base import Family
 from tunekit.guards import PATIENCE, TrainingError
 from tunekit.spikes import WARM
-from tunekit.train import Loop, StepRecord
+from tunekit.train import Loop, StepRecord, train
 
 
 def broken(pictures: Pictures, *steps: int, value: float = math.nan) -> Callable[..., Batch]:
@@ -236,3 +237,76 @@ class TestNothingMoves:
         resumed, pictures = loop(load_tiny, **values, learning_rate=0.0)
         resumed.load_state(one.state())
         assert len(list(resumed.run(pictures, 5))) == 2 * PATIENCE
+
+
+class TestGuards:
+    def broken(self, family: Family, row: int, value: float) -> Pictures:
+        pictures = Pictures(family)
+        plain = pictures.__call__
+
+        class Broken(Pictures):
+            def __init__(self) -> None:
+                self.asked = []
+
+            def __call__(self, step: int, micro: int) -> Batch:
+                batch = plain(step, micro)
+                if step < 2:
+                    return batch
+                latents = batch.latents.clone()
+                latents[row, 0, 0, 0] = value
+                return dataclasses.replace(batch, latents=latents)
+
+        return Broken()
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_loss_that_is_not_finite_stops_before_the_step(
+        self, load_tiny: Load, value: float
+    ) -> None:
+        family = load_tiny("sd")
+        adapter = attach(family)
+        steps = train(family, adapter, self.broken(family, 1, value), settings(steps=5))
+        next(steps), next(steps)
+        good = adapter.state()
+        with pytest.raises(TrainingError) as caught:
+            next(steps)
+        line = str(caught.value)
+        assert line.startswith("step 3 of 5: the loss is ")
+        assert "zorp/1.png (timestep " in line
+        assert "zorp/0.png" not in line, "only the picture at fault is named"
+        assert "train.learning_rate" in line
+        assert "\n" not in line
+        assert isinstance(caught.value, UserError)
+        assert (caught.value.step, caught.value.names) == (3, ("zorp/1.png",))
+        assert_equal(good, adapter.state())
+        assert all(p.grad is None for p in adapter.trained().values())
+
+    def test_a_gradient_that_is_not_finite_stops_before_the_step(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        adapter = attach(family)
+        steps = train(family, adapter, Pictures(family), settings(steps=5))
+        next(steps)
+        good = adapter.state()
+        parameter = next(iter(adapter.trained().values()))
+        parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+        with pytest.raises(TrainingError) as caught:
+            next(steps)
+        line = str(caught.value)
+        assert line.startswith("step 2 of 5: the gradient's norm is ")
+        assert all(name in line for name in NAMES)
+        assert_equal(good, adapter.state())
+
+    def test_weights_blown_up_by_the_rate_are_found(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        steps = train(
+            family,
+            attach(family, targets="full"),
+            Pictures(family),
+            settings(learning_rate=10.0, steps=2000),
+        )
+        with pytest.raises(TrainingError, match="it is 10"):
+            list(steps)
+
+    def test_fp16_without_a_gpu_is_refused_at_once(self, load_tiny: Load) -> None:
+        family = load_tiny("sd")
+        with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
+            train(family, attach(family), Pictures(family), settings(precision="fp16"))

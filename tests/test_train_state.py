@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from looped import Load, Pictures, assert_equal, attach, settings, untimed
 from safetensors.torch import load, save
-from test_train import Load, Pictures, assert_equal, attach, settings, untimed
 
 from tunekit.errors import UserError
 from tunekit.optim import saved_bytes
