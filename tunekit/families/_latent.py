@@ -196,6 +196,9 @@ class Latent(Family):
     def components(self) -> dict[str, nn.Module]:
         return {name: self._parts[name] for name in self._parts.kinds}
 
+    def alone(self, name: str, dtype: torch.dtype) -> nn.Module:
+        return self._parts.alone(name, dtype)
+
     @property
     def vae(self) -> nn.Module:
         return self._parts["vae"]

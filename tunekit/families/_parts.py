@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,18 @@ class Parts:
                 quantize(module, kind, self.device)
             self._loaded[name] = module.to(self.device).requires_grad_(False).eval()
         return self._loaded[name]
+
+    def alone(self, name: str, dtype: torch.dtype) -> nn.Module:
+        """Return a component with its weights, in `dtype` on the CPU, and keep nothing of it.
+
+        Also where these are on "meta".
+        """
+        import torch
+
+        apart = copy.copy(self)
+        apart.device, apart.dtype = torch.device("cpu"), dtype
+        apart._loaded, apart._counts = {}, {}
+        return apart[name]
 
     def release(self, *names: str) -> None:
         """Drop components from memory; none may train or carry an adapter."""

@@ -150,6 +150,14 @@ class Family(ABC):
     def components(self) -> dict[str, nn.Module]:
         """Return every component by its diffusers name, loaded if it is not in memory."""
 
+    @abstractmethod
+    def alone(self, name: str, dtype: torch.dtype) -> nn.Module:
+        """Return a component by its diffusers name, read from the files anew, on the CPU.
+
+        Nothing else of the base is read for it, and nothing of it is kept: also of a base on
+        "meta" the component has its weights.
+        """
+
     @property
     @abstractmethod
     def vae(self) -> nn.Module:

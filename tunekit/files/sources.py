@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunekit import families, hub
 from tunekit.adapters.base import match_modules
@@ -20,7 +20,8 @@ from tunekit.modelfolder import ModelFolder, names_file
 from tunekit.schema import BUNDLED, Base
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
+    from torch import Tensor
 
     from tunekit.families import Family
 
@@ -115,17 +116,40 @@ class Entry:
     which: str
 
 
-class Held:
-    """A component in memory that is read as if it lay in a file at `path`."""
+class Apart:
+    """The components of a base in one file, taken apart when they are read: one is in memory."""
 
-    def __init__(self, path: Path, module: nn.Module) -> None:
-        self.path, self._state = path, module.state_dict()
-        self.forms = {name: Form.of(tensor) for name, tensor in self._state.items()}
+    def __init__(self, family: Family, dtype: torch.dtype) -> None:
+        self._family, self._dtype = family, dtype
+        self._now, self._state = "", dict[str, Any]()
+
+    def state(self, name: str) -> Mapping[str, Tensor]:
+        """Return a component's tensors, which stay until those of another are asked for."""
+        if self._now != name:
+            self._state = {}
+            self._state, self._now = self._family.alone(name, self._dtype).state_dict(), name
+        return self._state
+
+    def outline(self, name: str) -> Mapping[str, Tensor]:
+        """Return them without their numbers, in the format that they are read in."""
+        return {
+            key: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+            for key, tensor in self._family.components()[name].state_dict().items()
+        }
+
+
+class Held:
+    """A component of such a base, read as if it lay in a file at `path`."""
+
+    def __init__(self, path: Path, apart: Apart, name: str) -> None:
+        self.path, self._apart, self._name = path, apart, name
+        self.forms = {key: Form.of(tensor) for key, tensor in apart.outline(name).items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, in memory of its own."""
-        tensor: Tensor = self._state[name]
-        return tensor.clone()
+        # What a library wants in float32 whatever it is told came from the file's own format.
+        held = self._apart.state(self._name)[name]
+        return held.to(self.forms[name].kind, copy=True)
 
 
 Source = TensorFile | Held
@@ -134,7 +158,7 @@ Source = TensorFile | Held
 class Weights:
     """The weights of a base's denoiser and text encoders: in a diffusers folder, or in one file.
 
-    One file is taken apart by diffusers, for which it is read whole; all others tensor by tensor.
+    One file is taken apart for it, a component at a time; all others are read tensor by tensor.
     entries: component -> what holds its tensors, and an entry for each. others: the other
     components of one file, by their diffusers names. Raises UserError where something is missing.
     """
@@ -157,7 +181,7 @@ class Weights:
         )
         self._where: dict[tuple[Place, str], tuple[Source, str]] = {}
         self.entries: dict[str, list[tuple[Source, list[Entry]]]] = {}
-        taken = self._taken_apart() if self.folder.weights is not None else {}
+        taken = self._taken_apart(family) if self.folder.weights is not None else {}
         for component, where in names.folders.items():
             held: list[Source] = [taken.pop(where)] if where in taken else []
             files = [] if held else weight_files(self.folder.path / where, base.variant)
@@ -165,19 +189,22 @@ class Weights:
             self.entries[component] = [self._entries(component, source) for source in held]
         self.others = taken
 
-    def _taken_apart(self) -> dict[str, Held]:
+    def _taken_apart(self, family: Family) -> dict[str, Held]:
         """Return every component of one file, by its diffusers name, in the file's own format."""
+        import torch
+
         assert self.folder.weights is not None
         kinds = Counter(form.dtype for form in TensorFile(self.folder.weights).forms.values())
-        most = {"float16": "fp16", "bfloat16": "bf16"}.get(kinds.most_common(1)[0][0], "fp32")
-        loaded = families.load(self.base.model_copy(update={"dtype": most}))
+        most = kinds.most_common(1)[0][0]
+        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(most, torch.float32)
         self.remarks.append(
-            f"{self.label}: is one file, which diffusers takes apart: read whole, in {most}"
+            f"{self.label}: is one file: its parts are taken out one after the other, in "
+            f"{str(dtype).removeprefix('torch.')}"
         )
-        texts = loaded.text_encoders
+        apart, texts = Apart(family, dtype), family.text_encoders
         return {
-            name: Held(self.folder.path / name / _stem(name in texts), module)
-            for name, module in loaded.components().items()
+            name: Held(self.folder.path / name / _stem(name in texts), apart, name)
+            for name in family.components()
         }
 
     def _entries(self, component: str, file: Source) -> tuple[Source, list[Entry]]:
