@@ -14,7 +14,7 @@ from attached import assert_same, attach, predict, snapshot, teach
 from torch import Tensor
 
 from tunekit import adapters, checkpoint, families
-from tunekit.adapters.base import Adapter
+from tunekit.adapters.base import Adapter, WeightsAdapter
 from tunekit.errors import UserError
 from tunekit.families.base import Family
 from tunekit.loading import load_file, read_by_diffusers
@@ -111,6 +111,7 @@ def test_every_kind_is_held_to_the_contract() -> None:
     for kind, settings in adapters.settings_types().items():
         assert settings.model_fields["kind"].default == kind
         assert adapters.get(kind).kind == kind
+        assert issubclass(adapters.get(kind), WeightsAdapter) == settings.trains_weights
 
 
 class Taught:

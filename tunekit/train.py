@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tunekit import diffusion, forward, parallel, seeding
+from tunekit.adapters.base import WeightsAdapter
 from tunekit.errors import UserError
 from tunekit.guards import Fault, Guards, Seen
 from tunekit.guards import TrainingError as TrainingError
@@ -140,6 +141,7 @@ class Loop:
         self.accelerator = _accelerator(family.device, settings.precision)
         self.ranks, self.sharded = ranks, settings.fsdp and ranks.count > 1
         if self.sharded:
+            assert isinstance(adapter, WeightsAdapter), "recipes share out whole weights alone"
             parallel.share_out(family.denoiser)
             adapter.retake()
         groups = adapter.parameter_groups()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tunekit.optim import ParameterGroup
     from tunekit.schema import AdapterSettings
 
-__all__ = ["Adapter", "match_modules"]
+__all__ = ["Adapter", "WeightsAdapter", "match_modules"]
 
 
 class Adapter(ABC):
@@ -92,13 +92,6 @@ class Adapter(ABC):
     def detach(self) -> None:
         """Take everything off: the family's modules are again what they were before `attach`."""
 
-    def retake(self) -> None:
-        """Take up the parameters that now stand in the place of those that train: their parts.
-
-        For kinds whose settings say `trains_weights`. What only drawing and export need is let go.
-        """
-        raise NotImplementedError(f"{self.kind}: its parameters are not those of modules")
-
     def state(self) -> dict[str, Tensor]:
         """Return what was trained: float32 CPU copies under the names of `trained`."""
         from tunekit.parallel import whole
@@ -140,6 +133,20 @@ class Adapter(ABC):
     def parameter_count(self) -> int:
         """Return how many numbers train."""
         return sum(p.numel() for p in self.trained().values())
+
+
+class WeightsAdapter(Adapter):
+    """A kind that trains the base's weights in their own places; its settings say `trains_weights`.
+
+    Several processes can hold such weights in parts (`train.fsdp`).
+    """
+
+    @abstractmethod
+    def retake(self) -> None:
+        """Take up the parameters that now stand in the place of those that train: their parts.
+
+        What only drawing and export need is let go.
+        """
 
 
 def _list(what: str, names: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from tunekit.adapters._targets import Patterns, Preset, Targeted, by_pattern, grouped
-from tunekit.adapters.base import Adapter, match_modules
+from tunekit.adapters.base import WeightsAdapter, match_modules
 from tunekit.errors import UserError
 from tunekit.schema import AdapterSettings, also
 
@@ -85,7 +85,7 @@ class FullSettings(Targeted):
         return plan
 
 
-class Full(Adapter):
+class Full(WeightsAdapter):
     """Copies of the chosen modules' parameters, in the places of the base's own."""
 
     Settings: ClassVar[type[AdapterSettings]] = FullSettings
