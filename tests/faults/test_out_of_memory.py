@@ -42,8 +42,8 @@ tunekit.cli.main()
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("_export", "out of memory while the adapter was exported (pictures of 32 pixels)"),
-        ("_evaluate", "out of memory while the run was evaluated (pictures of 32 pixels)"),
+        ("_export", "while the adapter was exported (pictures of 32 pixels)"),
+        ("_evaluate", "while the run was evaluated (pictures of 32 pixels)"),
     ],
 )
 def test_after_the_last_step_it_is_explained_and_goes_on(
@@ -63,7 +63,9 @@ def test_after_the_last_step_it_is_explained_and_goes_on(
     assert "Traceback" not in done.stderr
     lines = done.stderr.splitlines()
     [at] = [n for n, line in enumerate(lines) if line.startswith("out of memory")]
-    assert lines[at].startswith(said)
+    # A base is read by several threads, and they may be the first that there is no room for.
+    lacks = r"out of memory(, or of threads that may be started,)? "
+    assert re.match(lacks + re.escape(said), lines[at])
     assert "the last step is saved" in lines[at]
     told = "".join(lines[at + 1 :])
     assert "base.dtype=bf16" in told
