@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from held import memory_of
 from PIL import Image
 
 import tunekit
@@ -38,15 +38,14 @@ class Watch:
 
     def __init__(self) -> None:
         self.held: list[int] = []
-        self._seen: list[weakref.ref[torch.Tensor]] = []
+        self._seen: list[weakref.ref[Any]] = []
         self._load = families.load
 
     def __call__(self, base: Base, device: Any = "cpu") -> Family:
         gc.collect()
         self.held.append(sum(one() is not None for one in self._seen))
         family = self._load(base, device)
-        parts = family.components().values()
-        self._seen += [weakref.ref(p) for part in parts for p in part.parameters()]
+        self._seen += [one for part in family.components().values() for one in memory_of(part)]
         return family
 
 

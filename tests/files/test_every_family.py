@@ -12,6 +12,7 @@ import ldm
 import pytest
 import tiny
 import torch
+from held import memory_of
 from made_files import changes, far, matrix, random, write
 from torch import Tensor
 
@@ -192,7 +193,7 @@ def test_of_a_base_in_one_file_a_part_is_in_memory_at_a_time(
     whole = ONE_FILE[name](base, tmp_path / "base.safetensors")
     factors = made(base, path, "kohya")
     read: list[tuple[str, int]] = []
-    seen: list[weakref.ref[Tensor]] = []
+    seen: list[weakref.ref[Any]] = []
     kind = type(sources.outline(Base(model=str(base))))
     honest = kind.alone
 
@@ -200,7 +201,7 @@ def test_of_a_base_in_one_file_a_part_is_in_memory_at_a_time(
         gc.collect()
         read.append((part, sum(one() is not None for one in seen)))
         module = honest(family, part, dtype)
-        seen.extend(weakref.ref(parameter) for parameter in module.parameters())
+        seen.extend(memory_of(module))
         return module
 
     monkeypatch.setattr(kind, "alone", watched)
