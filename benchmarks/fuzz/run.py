@@ -1,12 +1,12 @@
 """Feed every reader of other people's files thousands of spoilt inputs, each under a watch.
 
-    python benchmarks/fuzz/run.py [--inputs 10000] [--seed 0] [--only "recipe text"]
+    python benchmarks/fuzz/run.py [--inputs 10000] [--seed 0] [--reader "recipe text"]
 
 The readers and the ways to spoil are those of tests/faults; input N of a seed is always the same
 one. Each reader has a process of its own. What counts as a fault: any exception but the one-line
 refusal, a process that dies, more than 5 seconds of processor time (120 of waiting), more than
 1.5 GB of memory, a file written outside of the input's folder, a socket, a subprocess, an unpickled
-class. Writes benchmarks/results/fuzz.json, with --only these rows of it; exits with 1 where there
+class. Writes benchmarks/results/fuzz.json, with --reader these rows of it; exits with 1 where there
 is a fault.
 """
 
@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -33,16 +34,20 @@ sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "tests")]
 RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
 PROCESSOR, WAIT = 5.0, 120.0  # seconds an input; others may have the processor meanwhile
 MEMORY = 1_500_000_000  # bytes an input, beyond what the process had
+LAST = "last"
 _MOST_KINDS = 20  # faults of a reader told
 
 
-def main() -> int:
-    """Fuzz, print a line a reader, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(about: str, result: Path, work: Callable[..., None]) -> int:
+    """Fuzz, print a line a reader, write the table.
+
+    about: the page of what is typed. work: what a process of its own does, as `_work`.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", default=[])
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--only", "--reader", action="append", default=[])
+    parser.add_argument("--result", type=Path, default=result)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tunekit-fuzz-") as scratch:
         _stay_in(Path(scratch))
@@ -63,7 +68,7 @@ def main() -> int:
         }
         for name in options.only or named:
             target = named[name]
-            rows[name] = fuzz(target, options.inputs, options.seed, Path(scratch))
+            rows[name] = fuzz(target, options.inputs, options.seed, Path(scratch), work)
             print(f"{name:20} {_told(rows[name])}", flush=True)
             options.result.write_text(json.dumps(table, indent=2) + "\n")
     return int(any(row["faults"] for row in rows.values()))
@@ -83,17 +88,30 @@ def _stay_in(scratch: Path) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def fuzz(target: Any, inputs: int, seed: int, scratch: Path) -> dict[str, Any]:
-    """Return what came of `inputs` inputs; a process that dies or hangs is replaced by another."""
+def fuzz(
+    target: Any, inputs: int, seed: int, scratch: Path, work: Callable[..., None]
+) -> dict[str, Any]:
+    """Return what came of `inputs` inputs; a process that dies or hangs is replaced by another.
+
+    A fault has the bytes that led to it, where `work` sends them as `data`, or leaves them in the
+    file LAST of `scratch`, for inputs that end their process.
+    """
     began = time.monotonic()
     told: Counter[str] = Counter()
     first: dict[str, dict[str, Any]] = {}
+
+    def found(what: str, trace: list[str], data: str | None) -> None:
+        told[what] += 1
+        led = {} if data is None else {"bytes": data}
+        first.setdefault(what, {"input": done, "trace": trace, **led})
+
     refused, done, slowest, largest = 0, 0, (0.0, 0), (0, 0)
+    kept: dict[str, int] = {}
     while done < inputs:
         start = done
         ours, theirs = multiprocessing.Pipe(duplex=False)
         worker = multiprocessing.get_context("fork").Process(
-            target=_work, args=(target, done, inputs, seed, scratch, theirs)
+            target=work, args=(target, done, inputs, seed, scratch, theirs)
         )
         worker.start()
         theirs.close()
@@ -112,18 +130,19 @@ def fuzz(target: Any, inputs: int, seed: int, scratch: Path) -> dict[str, Any]:
             slowest = max(slowest, (answer["seconds"], done))
             largest = max(largest, (answer["bytes"], done))
             refused += answer["refused"]
+            kept = {"kept": answer["kept"]} if "kept" in answer else {}
             if what := answer["fault"]:
-                told[what] += 1
-                first.setdefault(what, {"input": done, "trace": answer["trace"]})
+                found(what, answer["trace"], answer.get("data"))
             done += 1
         if fault is not None:
-            told[fault] += 1
-            first.setdefault(fault, {"input": done, "trace": []})
+            last = scratch / LAST
+            found(fault, [], last.read_bytes().hex() if last.exists() else None)
             done += 1
         worker.join()
     return {
         "inputs": done,
         "refused": refused,
+        **kept,
         "seconds": round(time.monotonic() - began, 1),
         "slowest": {"processor_s": round(slowest[0], 3), "input": slowest[1]},
         "largest": {"bytes": largest[0], "input": largest[1]},
@@ -148,6 +167,14 @@ def _answers(pipe: Connection, pid: int, imports: bool) -> bool:
 
 
 def _work(target: Any, start: int, end: int, seed: int, scratch: Path, answers: Connection) -> None:
+    feed = prepared(target, seed, scratch)
+    for number in range(start, end):
+        answers.send(feed(Random(f"{seed} {target.name} {number}")))
+    os._exit(0)
+
+
+def prepared(target: Any, seed: int, scratch: Path) -> Callable[[Random], dict[str, Any]]:
+    """Make this process one that may be lost, and return what feeds `target` one input."""
     from targets import emptied
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -157,20 +184,22 @@ def _work(target: Any, start: int, end: int, seed: int, scratch: Path, answers: 
     seeds = target.prepare(emptied(scratch / "good"))
     here = scratch / "here"
     os.chdir(emptied(here))
-    _feed(target, seed, -1, seeds, here, scratch)  # brings what is imported on the way
-    for number in range(start, end):
-        answers.send(_feed(target, seed, number, seeds, here, scratch))
-    os._exit(0)
+    # brings what is imported on the way
+    _feed(target, Random(f"{seed} {target.name} -1"), seeds, here, scratch)
+    return lambda rng: _limited(_feed(target, rng, seeds, here, scratch))
 
 
-def _feed(
-    target: Any, seed: int, number: int, seeds: Any, here: Path, scratch: Path
-) -> dict[str, Any]:
+def _limited(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer in which too much time and memory are faults too."""
+    slow, large = answer["seconds"] > PROCESSOR, answer["bytes"] > MEMORY
+    return answer | {"fault": answer["fault"] or ("slow" if slow else "large" if large else "")}
+
+
+def _feed(target: Any, rng: Random, seeds: Any, here: Path, scratch: Path) -> dict[str, Any]:
     from targets import emptied, run_once
     from watch import watched
 
     os.chdir(emptied(here))
-    rng = Random(f"{seed} {target.name} {number}")
     before, began = _memory("VmRSS"), time.process_time()
     refused, fault, trace = False, "", []
     try:
@@ -183,8 +212,6 @@ def _feed(
         own = [call for call in calls if "/tunekit/" in call.filename] or calls
         fault = f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
     seconds, most = time.process_time() - began, max(0, _memory("VmHWM") - before)
-    if not fault and number >= 0:
-        fault = "slow" if seconds > PROCESSOR else "large" if most > MEMORY else ""
     return {
         "seconds": seconds, "bytes": most, "refused": refused, "fault": fault, "trace": trace
     }  # fmt: skip
@@ -208,4 +235,4 @@ def _told(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, RESULT, _work))
