@@ -7,12 +7,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from hostile import safetensors_bytes
 from mutate import VALUES, encoded, some_bytes, some_json
+from PIL.PngImagePlugin import PngInfo
 from targets import VALID, Target
 
 DTYPES = {
@@ -299,7 +301,62 @@ def _read_base(path: Path) -> object:
     return families.load(Base(model=str(path)))
 
 
+# What pictures say of how they were drawn
+
+DRAWN: dict[str, Any] = {
+    "prompt": "a zorp robot", "negative_prompt": "blue", "seed": 7, "batch": [6, 7], "steps": 2,
+    "guidance_scale": 5.0, "scheduler": "euler", "width": 32, "height": 32, "scale": 1.0,
+    "text_scale": 0.5, "base": "sd", "base_settings": {"dtype": "fp32", "vae": "vae"},
+    "base_sha256": "ab" * 32, "version": "0.1",
+    "adapters": [{"name": "a.safetensors", "weight": 0.5}, {"name": "zorp/step-000002"}],
+    "start": {"name": "0.png", "strength": 0.5, "mask": {"name": "1.png"}, "extend": {"left": 8}},
+    "control": {"name": "0.png", "scale": 1.0}, "controlnet": {"name": "net"},
+}  # fmt: skip
+
+
+def _strike_drawn(rng: Random, seeds: None, where: Path) -> Path:
+    """Lay a picture that says something wrong of itself beside what it may name.
+
+    Some say nothing wrong: one that is refused as it is would prove nothing of the others.
+    """
+    from PIL import Image
+
+    from tunekit.pictures import KEY
+
+    for name in ("runs/zorp/checkpoints/step-000002", "sd", "vae", "net"):
+        (where / name).mkdir(parents=True)
+    (where / "a.safetensors").write_bytes(adapter(rng))
+    step = where / "runs/zorp/checkpoints/step-000002"
+    (step / "adapter.safetensors").write_bytes(adapter(rng))
+    _sign(step)
+    said = json.dumps(DRAWN) if rng.random() < 0.1 else some_json(rng, DRAWN)
+    text = encoded(said).decode(errors="replace")
+    image, kind = Image.new("RGB", (8, 8), "white"), rng.choice(("PNG", "JPEG", "WEBP"))
+    data = BytesIO()
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_itxt(KEY, text, zip=rng.random() < 0.5)
+        image.save(data, kind, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[0x010E] = f"{KEY} {text}"[:30_000]
+        image.save(data, kind, exif=exif)
+    for name in ("0.png", "1.png"):
+        (where / name).write_bytes(data.getvalue())
+    made = data.getvalue()
+    (where / "drawn").write_bytes(some_bytes(rng, made) if rng.random() < 0.2 else made)
+    return where / "drawn"
+
+
+def _read_drawn(path: Path) -> object:
+    """Find out how to draw it again, as `generate --from` does before it loads anything."""
+    from tunekit.request import Request, plan
+
+    return plan(Request(picture=path))
+
+
 FILES = (
+    Target("pictures' settings", _nothing, _strike_drawn, _read_drawn),
     Target("safetensors", _good, _strike_file, _read_file),
     Target("adapters", _nothing, _strike_adapter, _read_adapter),
     Target("adapters into a base", _base, _strike_loaded, _read_loaded, dear=True),
