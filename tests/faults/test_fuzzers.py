@@ -123,3 +123,23 @@ def test_what_chance_would_not_find_is_found(
     assert fault["what"].startswith("RuntimeError at test_fuzzers.py:")
     assert bytes.fromhex(fault["bytes"])[:3] == b"\x5a\xa7\x13"
     assert row["kept"] >= 2
+
+
+def test_what_was_found_so_is_refused(tmp_path: Path) -> None:
+    """A shard of the cache whose offsets are numbers with a point."""
+    import json
+
+    import torch
+
+    from tunekit.data.shards import Block, DamagedError, read_spans, write_shard
+
+    path = tmp_path / "a"
+    write_shard(path, {"k": Block.of({"x": torch.ones(3)})})
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["k/x"]["data_offsets"] = [0.0, 12.0]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(DamagedError, match="its header cannot be read"):
+        read_spans(path)

@@ -164,6 +164,8 @@ def _spans(header: dict[str, Any], base: int) -> dict[str, Span]:
         end = max(facts["data_offsets"][1] for facts in tensors.values())
         for facts in tensors.values():
             first, last = facts["data_offsets"]
+            if not type(first) is type(last) is int:  # 8.0 would do, until it is read up to there
+                raise ValueError
             facts["data_offsets"] = [first - start, last - start]
         layout = _layout(tensors)
         layout = layouts.setdefault(layout, layout)  # entries of a kind are much alike: held once
