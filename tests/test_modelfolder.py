@@ -210,6 +210,19 @@ class TestRefusals:
         path.write_text(json.dumps(config))
         assert "prediction_type flow_prediction" in refusal(folder)
 
+    @pytest.mark.parametrize("betas", [{"beta_start": -0.01}, {"beta_end": -0.02}])
+    def test_betas_of_which_no_schedule_comes(self, folder: Path, betas: dict[str, float]) -> None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        config = json.loads(path.read_text()) | {"beta_schedule": "linear"}
+        path.write_text(json.dumps(config | betas))
+        assert "says betas of which no schedule comes" in refusal(folder)
+
+    @pytest.mark.parametrize("channels", [[], {}, "4", None])
+    def test_input_channels_that_are_no_number(self, folder: Path, channels: Any) -> None:
+        path = folder / "unet" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": channels}))
+        assert "which tunekit cannot teach" in refusal(folder)
+
 
 class TestHub:
     def test_an_id_is_found_in_the_local_cache(

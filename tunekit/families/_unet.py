@@ -67,7 +67,8 @@ class UNet(Latent):
         """Return what a U-Net is that takes more than noisy latents; None where it takes these."""
         kinds = {9: "an inpainting base, whose denoiser is given a mask beside the picture"}
         kinds |= {7: "an upscaler", 8: "a base that edits pictures by instructions"}
-        return kinds.get(unet.get("in_channels", 4))
+        channels = unet.get("in_channels", 4)
+        return kinds.get(channels) if isinstance(channels, int) else None
 
     def scheduler_settings(self, base: Base, folder: ModelFolder) -> dict[str, Any]:
         prediction, zero = base.prediction, base.zero_terminal_snr
@@ -107,6 +108,11 @@ class UNet(Latent):
                 f"tunekit trains {', '.join(PREDICTION_TYPES)}"
             )
         alphas = trained.alphas_cumprod.float()
+        if not bool(((alphas >= 0) & (alphas <= 1)).all()):
+            raise UserError(
+                f"{self.label}: scheduler/scheduler_config.json says betas of which no schedule "
+                "comes: what they leave of the picture is not always between nothing and all"
+            )
         if kind == "epsilon" and bool((alphas == 0).any()):
             raise UserError(
                 f"{self.label}: its schedule ends in pure noise, which says nothing of the "
