@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,7 +77,6 @@ def test_huge_headers_take_no_memory(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 20_000, "kilobytes more than before"
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
 
 
 def test_a_turned_picture_is_seen_as_it_is_meant(typed: Typed, tmp_path: Path) -> None:
