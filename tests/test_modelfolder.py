@@ -210,8 +210,10 @@ class TestRefusals:
         path.write_text(json.dumps(config))
         assert "prediction_type flow_prediction" in refusal(folder)
 
-    @pytest.mark.parametrize("betas", [{"beta_start": -0.01}, {"beta_end": -0.02}])
-    def test_betas_of_which_no_schedule_comes(self, folder: Path, betas: dict[str, float]) -> None:
+    @pytest.mark.parametrize(
+        "betas", [{"beta_start": -0.01}, {"beta_end": -0.02}, {"trained_betas": [[0.1], [0.2]]}]
+    )
+    def test_betas_of_which_no_schedule_comes(self, folder: Path, betas: dict[str, Any]) -> None:
         path = folder / "scheduler" / "scheduler_config.json"
         config = json.loads(path.read_text()) | {"beta_schedule": "linear"}
         path.write_text(json.dumps(config | betas))

@@ -108,7 +108,7 @@ class UNet(Latent):
                 f"tunekit trains {', '.join(PREDICTION_TYPES)}"
             )
         alphas = trained.alphas_cumprod.float()
-        if not bool(((alphas >= 0) & (alphas <= 1)).all()):
+        if alphas.ndim != 1 or not bool(((alphas >= 0) & (alphas <= 1)).all()):
             raise UserError(
                 f"{self.label}: scheduler/scheduler_config.json says betas of which no schedule "
                 "comes: what they leave of the picture is not always between nothing and all"
