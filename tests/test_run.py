@@ -205,10 +205,10 @@ def test_too_little_room_is_said_beforehand(
         tunekit.train(many, out=tmp_path / "run", reporter=Silent())
     said = re.search(r"needs about ([\d,]+) MB", str(caught.value))
     assert said is not None
-    saved = checkpoint.read(run.folder / "checkpoints" / "step-000004").tensors
-    one = sum(t.numel() * t.element_size() for t in saved["adapter"].values())
-    # With what the optimizer keeps: two numbers for each that trains.
-    assert int(said[1].replace(",", "")) == pytest.approx(3 * one * 100_000 / 1e6, rel=0.02)
+    files = (run.folder / "checkpoints" / "step-000004").iterdir()
+    one = sum(path.stat().st_size for path in files)
+    # What describes them is reckoned with longer names; test_space.py says how near it comes.
+    assert one <= int(said[1].replace(",", "")) * 1e6 / 100_000 <= one + 200_000
     assert not (tmp_path / "run").exists()
 
 
