@@ -334,9 +334,10 @@ class TestMetadata:
         assert said["modelspec.trigger_phrase"] == "zorp"
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", said["modelspec.date"])
         assert said["ss_num_train_images"] == "8"
-        # The strength is in the tensors: a second one in the metadata would multiply it again.
-        assert "lora_adapter_metadata" not in said
         assert json.loads(said["tunekit.recipe"])["adapter"]["rank"] == 4
+        told = json.loads(said["lora_adapter_metadata"])  # its strength is in the tensors
+        assert (told["unet.r"], told["unet.lora_alpha"], told["unet.use_dora"]) == (4, 4, False)
+        assert any(name.endswith("attn1.to_q") for name in told["unet.target_modules"])
 
     def test_no_path_and_no_secret_leaves_the_machine(
         self, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

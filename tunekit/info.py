@@ -109,13 +109,15 @@ class AdapterInfo:
         return [f"{name:<11}{said}" for name, said in rows]
 
     def _alpha(self) -> str:
-        if set(self.alphas) != {_UNSAID}:
+        unsaid = set(self.alphas) == {_UNSAID}
+        if not unsaid and "lora_adapter_metadata" not in self.metadata:
             return _counts(self.alphas)
         trained = self.metadata.get("tunekit.trained_alpha")
         within = (
             f"trained with {trained}, which is multiplied into the tensors; " if trained else ""
         )
-        return f"{within}the file names none, so that clients take alpha = rank"
+        none = "the file names none, so that clients take alpha = rank"
+        return within + (none if unsaid else f"{_counts(self.alphas)} by diffusers' metadata")
 
     def _made_for(self) -> str:
         base = f"base {self.base}" if self.base else "base not said"

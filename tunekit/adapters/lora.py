@@ -6,7 +6,9 @@ computes W x + (alpha / rank) B A x; A starts random, B at zero, so nothing chan
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _STARTED = ("pissa", "olora")  # these add something to the weight from the start on
 _MAGNITUDE = "lora_magnitude_vector"
+_DOWN = ".lora_A.weight"
 
 
 class LoraSettings(Ranked):
@@ -241,8 +244,8 @@ class Lora(PeftAdapter):
                     tensors[f"{key}.lora_up.weight"] = b * (scaling * len(a) / common)
                     tensors[f"{key}.alpha"] = torch.tensor(common)
                     continue
-                # The factor goes into B and the file says nothing of alpha: then every reader,
-                # with or without diffusers' own metadata, takes alpha = rank and is right.
+                # The factor goes into B: then every reader, with or without diffusers' own
+                # metadata, takes alpha = rank and is right.
                 tensors[f"{key}.lora_A.weight"] = a
                 tensors[f"{key}.lora_B.weight"] = b * scaling
                 magnitude = self._factors.get((component, name, _MAGNITUDE))
@@ -253,6 +256,8 @@ class Lora(PeftAdapter):
         facts = self.facts()
         if kohya:
             facts |= self.kohya_facts("networks.lora")
+        else:
+            facts["lora_adapter_metadata"] = _said_to_diffusers(tensors)
         return tensors, facts
 
     def _joined(self) -> dict[str, Tensor]:
@@ -347,3 +352,33 @@ def _without_start(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tens
     added = functional.conv2d(inner, b0) if b0.ndim == 4 else functional.linear(inner, b0)
     less: Tensor = output - (added * layer.scaling[NAME]).to(output.dtype)
     return less
+
+
+def _said_to_diffusers(tensors: Mapping[str, Tensor]) -> str:
+    """Return diffusers' adapter metadata of tensors in its naming: peft's settings, alpha = rank.
+
+    They are what diffusers finds in the tensors without it: the metadata must not say more.
+    """
+    ranks: dict[str, dict[str, int]] = {}
+    for key, tensor in tensors.items():
+        if key.endswith(_DOWN):
+            component, _, module = key.removesuffix(_DOWN).partition(".")
+            # Text encoders have this level in files; in memory it depends on the library's version.
+            ranks.setdefault(component, {})[module.removeprefix("text_model.")] = len(tensor)
+    dora = any(_MAGNITUDE in key for key in tensors)
+    told: dict[str, Any] = {}
+    for component, modules in ranks.items():
+        rank = statistics.mode(modules.values())
+        others = {module: own for module, own in modules.items() if own != rank}
+        told |= {
+            f"{component}.{name}": value
+            for name, value in {
+                "r": rank,
+                "lora_alpha": rank,
+                "rank_pattern": others,
+                "alpha_pattern": others,
+                "target_modules": sorted(modules),
+                "use_dora": dora,
+            }.items()
+        }
+    return json.dumps(told, sort_keys=True)
