@@ -64,7 +64,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 RUNS: dict[str, tuple[Tree, int]] = {  # and how many passes a step has
-    "everything": (EVERYTHING | {"train": EVERYTHING["train"] | {"sample_every": 2}}, 6),
+    "everything": (EVERYTHING | {"train": EVERYTHING["train"] | {"sample_every": 2}}, 3),
     "the best of an average": (
         {
             "train": {
