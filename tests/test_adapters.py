@@ -334,3 +334,21 @@ class TestContract:
         teach(family, adapter)
         assert all(p.dtype == torch.float32 for p in adapter.trained().values())
         assert not torch.equal(predict(family), before)
+
+
+def test_a_rank_of_its_own_is_that_of_no_name_which_ends_alike(
+    load_tiny: Load, tmp_path: Path
+) -> None:
+    """FLUX's last layer is called proj_out, and so is one of each of its blocks."""
+    lora, family = adapters.get("lora"), load_tiny("flux")
+    chosen = {"rank": 4, "targets": ["proj_out"], "rank_pattern": {r"denoiser\.proj_out": 2}}
+    adapter = lora.attach(family, lora.Settings(kind="lora", **chosen), 0)
+    with torch.no_grad():
+        for parameter in adapter.trained().values():
+            parameter.fill_(0.1)
+    tensors, metadata = adapter.export_state("diffusers")
+    path = tmp_path / "adapter.safetensors"
+    checkpoint.write_safetensors(path, tensors, metadata)
+    ranks = {key: len(tensor) for key, tensor in tensors.items() if "lora_A" in key}
+    assert set(ranks.values()) == {2, 4}
+    load_file(load_tiny("flux"), path, "own")

@@ -64,11 +64,13 @@ def lower_drawing(recipe: Recipe, resolution: int | None = None) -> list[Advice]
     ]
 
 
-def lower_asked(quantize: str | None, batch: int = 1, edge: int | None = None) -> list[Advice]:
+def lower_asked(
+    quantize: str | None, batch: int = 1, size: tuple[int, int] | None = None
+) -> list[Advice]:
     """Return the options of `tunekit generate` that would lower its memory, the cheapest first.
 
-    quantize: as of `base.quantize`; batch: pictures at a time; edge: their longer one in pixels,
-    None where none is drawn yet, or no option changes it.
+    quantize: as of `base.quantize`; batch: pictures at a time; size: their width and height in
+    pixels, None where none is drawn yet, or no option changes it.
     """
     found = []
     if batch > 1:
@@ -77,9 +79,9 @@ def lower_asked(quantize: str | None, batch: int = 1, edge: int | None = None) -
     for kind, price in _NARROW.items():
         if quantize is None or (quantize != "nf4" and kind == "nf4"):  # all others are of 8 bits
             found.append(Advice((f"--quantize={kind}",), "base", price))
-    if edge is not None and edge >= 512:
-        smaller = edge * 3 // 4 // 64 * 64
-        settings = (f"--width={smaller}", f"--height={smaller}")
+    if size is not None and max(size) >= 512:
+        width, height = (max(64, edge * 3 // 4 // 64 * 64) for edge in size)
+        settings = (f"--width={width}", f"--height={height}")
         found.append(Advice(settings, "activations", "smaller pictures, with less in them"))
     return found
 

@@ -242,7 +242,7 @@ def declared_alpha(name: str, rank: int | None, scales: Mapping[str, object]) ->
         # As the name it stands for, never as the expression that it may be: a stranger's could run
         # for hours.
         plain = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
-        if bare == plain or bare.endswith(f".{plain}"):
+        if bare == plain or (not pattern.startswith("^") and bare.endswith(f".{plain}")):
             alpha = value
             break
     if not isinstance(alpha, int | float):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -132,11 +133,13 @@ def _memory_told(decided: Plan, own: int) -> contextlib.AbstractContextManager[N
     """Say what lowers it where memory runs out. own: edge of the base's pictures in pixels."""
     settings = [one.settings for one in decided.wanted]
     together = max(min(one.together, len(one.seeds)) for one in decided.wanted)
-    edge = max(pixels or own for one in settings for pixels in (one.width, one.height))
-    what = f"while drawing ({together} at a time of {edge} pixels)"
+    sizes = [(one.width or own, one.height or own) for one in settings]
+    width, height = max(sizes, key=math.prod)
+    what = f"while drawing ({together} at a time of {width}x{height} pixels)"
+    size: tuple[int, int] | None = (width, height)
     if any(one.start is not None and one.start.extended for one in settings):
-        what, edge = f"while drawing ({together} at a time)", 0  # whose size no option changes
-    return outofmemory.told_drawing(what, decided.base.quantize, together, edge or None)
+        what, size = f"while drawing ({together} at a time)", None  # which no option changes
+    return outofmemory.told_drawing(what, decided.base.quantize, together, size)
 
 
 def _differences(decided: Plan, about: Mapping[str, JsonValue]) -> list[str]:

@@ -103,15 +103,15 @@ def told_after(
 
 
 def told_drawing(
-    what: str, quantize: str | None, batch: int = 1, edge: int | None = None
+    what: str, quantize: str | None, batch: int = 1, size: tuple[int, int] | None = None
 ) -> contextlib.AbstractContextManager[None]:
     """Do the same where nothing trains, as in `tunekit generate`, with the options that lower it.
 
-    what: was done. quantize, batch, edge: as of `advice.lower_asked`.
+    what: was done. quantize, batch, size: as of `advice.lower_asked`.
     """
 
     def explained(error: Exception) -> OutOfMemoryError:
-        return _explained(error, what, "what lowers it", lower_asked(quantize, batch, edge))
+        return _explained(error, what, "what lowers it", lower_asked(quantize, batch, size))
 
     return _turning(explained)
 

@@ -44,7 +44,7 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """Put before a purpose: pictures of the class never change the subject's draws."""
+        """Put before a purpose: pictures of the class never change the subject's noise."""
         return "prior " if self.batch.prior else ""
 
     def seen(self) -> list[Seen]:

@@ -101,8 +101,8 @@ tunekit.cli.main()
     ("part", "room", "when", "wanted"),
     [
         (
-            *("draw_all", 200_000_000, "while drawing (4 at a time of 1024 pixels)"),
-            ["--batch=2", "--quantize=int8", "--quantize=nf4", "--width=768 --height=768"],
+            *("draw_all", 200_000_000, "while drawing (4 at a time of 1024x768 pixels)"),
+            ["--batch=2", "--quantize=int8", "--quantize=nf4", "--width=768 --height=576"],
         ),
         ("load", 0, "while the base was loaded", ["--quantize=int8", "--quantize=nf4"]),
     ],
@@ -137,10 +137,12 @@ def test_drawing_says_which_options_lower_it(
 
 
 def test_what_is_advised_for_drawing_is_not_had_already() -> None:
-    assert [str(one).partition(":")[0] for one in lower_asked("int8_torchao", 1, 64)] == [
+    assert [str(one).partition(":")[0] for one in lower_asked("int8_torchao", 1, (64, 64))] == [
         "--quantize=nf4"
     ]
     assert lower_asked("nf4") == []
+    (smaller,) = lower_asked("nf4", 1, (1024, 512))
+    assert smaller.settings == ("--width=768", "--height=384")
 
 
 def test_a_thread_that_finds_no_room_is_a_want_of_memory(tree: Callable[..., Any]) -> None:

@@ -369,7 +369,9 @@ def _said_to_diffusers(tensors: Mapping[str, Tensor]) -> str:
     told: dict[str, Any] = {}
     for component, modules in ranks.items():
         rank = statistics.mode(modules.values())
-        others = {module: own for module, own in modules.items() if own != rank}
+        # peft takes a pattern for any name that ends so: FLUX's proj_out for those of its blocks.
+        start = "" if component.startswith("text_encoder") else "^"
+        others = {f"{start}{module}": own for module, own in modules.items() if own != rank}
         told |= {
             f"{component}.{name}": value
             for name, value in {
