@@ -22,7 +22,7 @@ _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _THREAD = "can't start new thread"
 _SIGNS = (
     *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory"),
-    *("bad_alloc", _THREAD),
+    *("bad_alloc", _THREAD, "failed to map segment"),  # the last of a library that is loaded
 )
 _ONEDNN = "could not create a primitive"  # what it cannot compute at all has no descriptor
 
