@@ -59,6 +59,7 @@ def test_the_character_is_learned_and_prompts_are_still_followed(tmp_path: Path)
         ("character-lokr.yaml", 150, 0.27),  # 38 %
         ("character-oft.yaml", 100, 0.3),  # 45 %
         ("character-boft.yaml", 100, 0.28),  # 40 %
+        ("qlora-nf4.yaml", 150, 0.45),  # 74 %
     ],
 )
 def test_every_kind_learns_the_character(
