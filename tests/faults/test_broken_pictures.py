@@ -142,3 +142,14 @@ def test_the_conversion_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for word in ("CMYK", "16-bit", "palette", "data.background", "animation"):
         assert word.lower() in page.lower(), word
+
+
+def test_what_is_transparent_lies_over_the_chosen_colour(tmp_path: Path) -> None:
+    """Fault 16: another than white, in pixels and in what is told."""
+    from tunekit.data.images import decode
+
+    path = tmp_path / "alpha.png"
+    path.write_bytes(saved(alpha()))
+    picture = decode(path, "#ff8000")
+    assert picture.image.getpixel((60, 30)) == (255, 128, 0)
+    assert any("laid over #ff8000" in note for note in picture.notes), picture.notes
