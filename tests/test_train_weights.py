@@ -158,8 +158,9 @@ class TestWeights:
         own = {"prior": True, "names": ("class",) * 4}
         prior = dataclasses.replace(batch, **own | (says if marked in ("class", "both") else {}))
         wide = dataclasses.replace(prior, latents=prior.latents.repeat(1, 1, 1, 2), mask=None)
-        alone, other = record(lambda *_: subject), record(lambda *_: [pictures(0, 0), prior])
-        assert counts == [4, 8]
+        far = dataclasses.replace(batch, latents=batch.latents.repeat(1, 1, 1, 2))  # another shape
+        alone, other = record(lambda *_: subject), record(lambda *_: [far, prior])
+        assert counts == [4, 4, 4]
         both = record(lambda *_: [subject, prior])
         assert both.loss == pytest.approx(alone.loss, rel=1e-5)
         assert both.prior_loss == pytest.approx(other.prior_loss, rel=1e-5)
