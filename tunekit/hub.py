@@ -16,7 +16,8 @@ def is_id(text: str) -> bool:
 def here(model: str, revision: str | None = None) -> bool:
     """Return whether a model of the Hub was brought to this disk before, at a revision.
 
-    What files and pictures say of their base may be anybody's word: it brings nothing from the Hub.
+    What files and pictures say of their base may be anybody's word: it brings no other model. Its
+    description is looked for; loading may still fetch what is missing of it, or newer.
     """
     from huggingface_hub import try_to_load_from_cache
 
